@@ -1,0 +1,1 @@
+"""The inference engine: plan, packed weights, stages, runtime. Start at ``runtime.py``."""

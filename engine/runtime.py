@@ -1,0 +1,180 @@
+"""``Engine``: weights, ops and buffers tied together. ``__init__`` reads as the boot sequence, ``infer`` as the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pi0_engine.config import EngineConfig
+from pi0_engine.engine import expert, flow, prefix, vision
+from pi0_engine.engine.plan import ShapePlan, Workspace
+from pi0_engine.engine.time_terms import TimeTerms
+from pi0_engine.engine.weights import TensorSource, pack_weights
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.kernels.gemm import cpu_computes_bfloat16
+from pi0_engine.kernels.registry import Ops, select_ops
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What one call computed.
+
+    Attributes:
+        actions: float32 [B, samples, H, action_dim] on the CPU, normalised; a copy that the caller owns.
+        seconds: wall time of each stage, in order: inputs, vision, prefix, state, flow.
+    """
+
+    actions: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs one checkpoint.
+
+    Args:
+        source: an opened checkpoint (``open_checkpoint``) or anything with ``config`` and ``tensor(name)``.
+        config: device, dtype, backend.
+        progress: show a bar while weights are packed.
+
+    Raises:
+        ValueError: a device or backend that is not available here, or a checkpoint tensor that cannot be read.
+    """
+
+    def __init__(self, source: TensorSource, config: EngineConfig | None = None, *, progress: bool = False) -> None:
+        self.engine_config = config or EngineConfig()
+        self.config = source.config
+        self.device = resolve_device(self.engine_config.device)
+        self.dtype, self.dtype_reason = resolve_dtype(self.engine_config.dtype, self.device)
+        self.ops: Ops = select_ops(self.engine_config.backend, self.device)
+        self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
+        self.time_terms = TimeTerms(source, self.device)
+        self.time_terms(self.config.num_steps)
+        self._workspaces: OrderedDict[ShapePlan, Workspace] = OrderedDict()
+
+    @torch.inference_mode()
+    def infer(self, inputs: ModelInputs, noise: Tensor, *, num_steps: int | None = None) -> Inference:
+        """Draw action chunks.
+
+        Args:
+            inputs: a batch of B observations.
+            noise: float32 [B, samples, H, action_dim], standard normal; its shape says how many candidate chunks to
+                draw per observation and how long they are.
+            num_steps: Euler steps; the checkpoint's own number where None.
+
+        Raises:
+            ValueError: inputs or noise that the model cannot take.
+        """
+        inputs.validate(self.config)
+        self._check_noise(inputs, noise)
+        clock = _StageClock(self.device)
+        plan = self._plan(inputs, noise, num_steps)
+        space = self.workspace(plan)
+        self._load(inputs, noise, space)
+        clock.lap("inputs")
+        c, w = self.config, self.weights
+        vision.embed_images(self.ops, c.vision, w.vision, space)
+        clock.lap("vision")
+        prefix.prefill(self.ops, c.llm, w.llm, space)
+        clock.lap("prefix")
+        if space.state_rows:
+            expert.encode_state(self.ops, c.expert, w.action, w.expert, space)
+        clock.lap("state")
+        flow.integrate(self.ops, c.expert, w.action, w.expert, self.time_terms(plan.num_steps), space)
+        clock.lap("flow")
+        return Inference(space["actions"].view(noise.shape).to("cpu", copy=True), clock.seconds)
+
+    def workspace(self, plan: ShapePlan) -> Workspace:
+        """The buffers of a plan; made at its first use, the least recently used set is freed for it."""
+        if plan not in self._workspaces:
+            while len(self._workspaces) >= self.engine_config.max_plans:
+                self._workspaces.popitem(last=False)
+            self._workspaces[plan] = Workspace(self.config, plan, self.dtype, self.device)
+            log.debug("new plan %s: %.1f MB of buffers", plan, self._workspaces[plan].arena.numel() / 1e6)
+        self._workspaces.move_to_end(plan)
+        return self._workspaces[plan]
+
+    def _plan(self, inputs: ModelInputs, noise: Tensor, num_steps: int | None) -> ShapePlan:
+        return ShapePlan.of(
+            self.config,
+            views=inputs.image_masks.sum(dim=1).tolist(),
+            prompt_lengths=inputs.token_mask.sum(dim=1).tolist(),
+            samples=noise.shape[1],
+            horizon=noise.shape[2],
+            num_steps=num_steps,
+            prompt_bucket=self.engine_config.prompt_bucket,
+        )
+
+    def _load(self, inputs: ModelInputs, noise: Tensor, space: Workspace) -> None:
+        """Copy present cameras, prompt embeddings, state and noise into the buffers, without gaps."""
+        space["images"].copy_(inputs.images[inputs.image_masks])
+        space["actions"].copy_(noise.flatten(0, 1))
+        if space.state_rows:
+            space["state"].copy_(inputs.state[:, None, :])
+        image_rows = inputs.image_masks.sum(dim=1) * self.config.vision.num_patches
+        prompt_rows = inputs.token_mask.sum(dim=1)
+        space.set_lengths(image_rows + prompt_rows)
+        for row, tokens, start, count in zip(
+            space["prefix_x"], inputs.tokens, image_rows.tolist(), prompt_rows.tolist(), strict=True
+        ):
+            row[start : start + count].copy_(self._embed(tokens[:count]))
+            row[start + count :].zero_()
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""
+        return self.weights.embed_tokens[tokens].float() * math.sqrt(self.config.llm.width)
+
+    def _check_noise(self, inputs: ModelInputs, noise: Tensor) -> None:
+        expected = f"float32 [{inputs.batch}, samples, horizon, {self.config.action_dim}]"
+        fits = noise.ndim == 4 and noise.shape[0] == inputs.batch and noise.shape[3] == self.config.action_dim
+        if not fits or noise.dtype != torch.float32 or noise.numel() == 0:
+            raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}, expected {expected}")
+        if not bool(torch.isfinite(noise).all()):
+            raise ValueError("noise contains NaN or infinity")
+
+
+class _StageClock:
+    """Wall time between laps; waits for the GPU at each, so that a lap is the stage's own time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of that name, or ValueError with the reason why it cannot be used."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one torch knows: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}, expected 'cpu' or 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA GPU")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of weights and activations, and why."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "asked for by name"
+    if device.type == "cuda":
+        return torch.bfloat16, "the GPU's tensor cores take bfloat16"
+    if cpu_computes_bfloat16():
+        return torch.bfloat16, "this processor has bfloat16 instructions"
+    return torch.float32, "this processor has no bfloat16 instructions"

@@ -1,0 +1,1 @@
+"""Ops of the engine: meaning (torch), implementations, cost. Start at ``registry.py``."""

@@ -1,0 +1,216 @@
+"""What a model is (``Pi0Config``) and how the engine runs it (``EngineConfig``): frozen data, nothing else.
+
+Sizes and defaults are those of openpi's ``models/gemma.py``, ``models/siglip.py`` and ``models/pi0_config.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ModelType = Literal["pi0", "pi05"]
+
+#: Camera slots in the order in which their tokens enter the prefix (openpi, preprocessing_pytorch.py).
+CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """SigLIP vision tower: a pre-LN transformer over image patches. Lengths in pixels."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    patch_size: int = 14
+    image_size: int = 224
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens per camera: (224 / 14)^2 = 256 in every published checkpoint."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one RGB patch: 3 * 14 * 14 = 588."""
+        return 3 * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma decoder. ``head_dim`` is independent of ``width``; only the language model has a ``vocab_size``."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int | None = None
+
+    @property
+    def q_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+SO400M = SiglipConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304)
+GEMMA_2B = GemmaConfig(2048, 18, 16384, num_heads=8, num_kv_heads=1, head_dim=256, vocab_size=257152)
+GEMMA_300M = GemmaConfig(1024, 18, 4096, num_heads=8, num_kv_heads=1, head_dim=256)
+_MAX_TOKEN_LEN = {"pi0": 48, "pi05": 200}
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """A π0 or π0.5 model.
+
+    Args:
+        model_type: ``"pi0"`` (state token, action-time MLP) or ``"pi05"`` (state in the prompt, adaRMS expert).
+        vision, llm, expert: the three towers.
+        action_dim: width of padded state and action vectors (32 in every published checkpoint).
+        max_token_len: prompt capacity in tokens; ``None`` takes 48 for π0, 200 for π0.5.
+        action_horizon: actions per chunk.
+        num_steps: Euler flow steps per chunk.
+        discrete_state_input: whether the prompt carries the discretised state; ``None`` means "π0.5 does".
+            ``pi05_libero`` sets it to false and then sees no state at all.
+
+    Raises:
+        ValueError: a size that is not positive, towers that cannot share attention, or an unknown model type.
+    """
+
+    model_type: ModelType
+    vision: SiglipConfig = SO400M
+    llm: GemmaConfig = GEMMA_2B
+    expert: GemmaConfig = GEMMA_300M
+    action_dim: int = 32
+    max_token_len: int | None = None
+    action_horizon: int = 50
+    num_steps: int = 10
+    discrete_state_input: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_type not in _MAX_TOKEN_LEN:
+            raise ValueError(f"model_type is {self.model_type!r}, expected 'pi0' or 'pi05'")
+        if self.max_token_len is None:
+            object.__setattr__(self, "max_token_len", _MAX_TOKEN_LEN[self.model_type])
+        if self.discrete_state_input is None:
+            object.__setattr__(self, "discrete_state_input", self.model_type == "pi05")
+        _check(self)
+
+    @property
+    def is_pi05(self) -> bool:
+        return self.model_type == "pi05"
+
+    @property
+    def token_capacity(self) -> int:
+        """``max_token_len`` as a plain integer (it is resolved when the config is made)."""
+        assert self.max_token_len is not None
+        return self.max_token_len
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON schema that :meth:`from_dict` reads; a missing ``vocab_size`` is left out."""
+        out = dataclasses.asdict(self)
+        if out["expert"]["vocab_size"] is None:
+            del out["expert"]["vocab_size"]
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Pi0Config:
+        """Strict: an unknown or missing key raises ValueError naming it."""
+        values = dict(data)
+        towers = {"vision": SiglipConfig, "llm": GemmaConfig, "expert": GemmaConfig}
+        for name, kind in towers.items():
+            if name in values:
+                values[name] = _build(kind, values[name], f"config.{name}")
+        return _build(cls, values, "config")
+
+    @classmethod
+    def load(cls, source: str | Path) -> Pi0Config:
+        """``"pi0"``, ``"pi05"`` (full size) or the path of a JSON file in the schema of :meth:`to_dict`."""
+        if str(source) in _MAX_TOKEN_LEN:
+            return cls(str(source))  # type: ignore[arg-type]
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"config {str(source)!r} is neither 'pi0', 'pi05' nor a file")
+        try:
+            data = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"config {path} is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model.
+
+    Args:
+        device: a torch device string, ``"cpu"`` or ``"cuda"``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"`` (bfloat16 where the processor computes it, else float32).
+        backend: ``"auto"``, or the name of an op implementation; a named one that is unavailable raises.
+        prompt_bucket: prompt lengths are rounded up to a multiple of this. 1 computes no padding, which is
+            best where a new shape costs nothing (CPU).
+        max_plans: how many sets of working buffers (one per shape) are kept before the oldest is freed.
+    """
+
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    prompt_bucket: int = 1
+    max_plans: int = 4
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}, expected 'auto', 'float32' or 'bfloat16'")
+        for name in ("prompt_bucket", "max_plans"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {type(values).__name__}, expected an object")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+    missing = [n for n in required if n not in values]
+    if unknown or missing:
+        raise ValueError(f"{where}: unknown keys {unknown}, missing keys {missing}; expected {sorted(fields)}")
+    return kind(**values)
+
+
+def _check(config: Pi0Config) -> None:
+    for tower_name in ("vision", "llm", "expert"):
+        for name, value in dataclasses.asdict(getattr(config, tower_name)).items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{tower_name}.{name} is {value!r}, expected a positive integer")
+    for name in ("action_dim", "max_token_len", "action_horizon", "num_steps"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    vision, llm, expert = config.vision, config.llm, config.expert
+    if vision.width % vision.num_heads:
+        raise ValueError(f"vision.width {vision.width} is not a multiple of vision.num_heads {vision.num_heads}")
+    if vision.image_size % vision.patch_size:
+        raise ValueError(f"vision.image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+    for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+        if getattr(llm, name) != getattr(expert, name):
+            raise ValueError(
+                f"llm.{name} is {getattr(llm, name)} and expert.{name} is {getattr(expert, name)}: "
+                "the expert attends to the language model's keys and values, so they must be equal"
+            )
+    if llm.num_heads % llm.num_kv_heads:
+        raise ValueError(f"num_heads {llm.num_heads} is not a multiple of num_kv_heads {llm.num_kv_heads}")
+    if llm.head_dim % 2:
+        raise ValueError(f"head_dim {llm.head_dim} is odd; RoPE rotates pairs")
+    if llm.vocab_size is None:
+        raise ValueError("llm.vocab_size is missing")

@@ -1,0 +1,416 @@
+"""The oracle: π0 and π0.5 in plain PyTorch, one idea per function, nothing fused, nothing dropped.
+
+Every camera slot and every padding token is computed and masked, as openpi does; the engine drops them.
+The engine must agree with this model, and this model with openpi's recorded outputs (docs/parity.md).
+
+``dtype=torch.bfloat16`` reproduces openpi's mixed precision: which tensors are stored in which type, and where a
+result is rounded (``gemma_pytorch.py``, ``to_bfloat16_for_selected_params``). One thing is deliberately not
+reproduced: openpi's PyTorch model also rounds the RoPE frequencies to bfloat16, which turns positions near 800 by
+more than a radian and costs 1 % of the actions. Here they are exact, as in openpi's JAX model.
+
+Shape letters: B batch, V camera slots, P prefix tokens, S suffix tokens, H action horizon, W expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pi0_engine.config import GemmaConfig, Pi0Config, SiglipConfig
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+#: Fill of forbidden logits: finite, so that a fully masked (padding) query stays finite. openpi's value.
+MASKED_LOGIT = -2.3819763e38
+
+
+class RMSNorm(nn.Module):
+    """Gemma's norm: x / rms(x) * (1 + w), statistics in float32 (openpi ``modeling_gemma.py``)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [..., width] -> (normed x in x.dtype, no gate)."""
+        return (rms_normalize(x) * (1.0 + self.weight.float())).to(x.dtype), None
+
+
+class AdaRMSNorm(nn.Module):
+    """adaRMS of π0.5: scale, shift and residual gate come from the flow time instead of a weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, S, W], cond float32 [B, W] -> (normed x, gate [B, 1, W]), both in x.dtype."""
+        assert cond is not None
+        scale, shift, gate = self.dense(cond)[:, None, :].chunk(3, dim=-1)
+        return (rms_normalize(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+
+
+def rms_normalize(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
+
+
+class VisionLayer(nn.Module):
+    """Pre-LN transformer encoder layer with biases everywhere and full attention."""
+
+    def __init__(self, c: SiglipConfig) -> None:
+        super().__init__()
+        self.num_heads = c.num_heads
+        self.norm1 = nn.LayerNorm(c.width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(c.width, eps=NORM_EPS)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
+        self.fc1 = nn.Linear(c.width, c.mlp_dim)
+        self.fc2 = nn.Linear(c.mlp_dim, c.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, patches, width] -> the same shape."""
+        normed = self.norm1(x)
+        q, k, v = (p(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in self._qkv())
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+    def _qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+
+class VisionTower(nn.Module):
+    """SigLIP without class token or pooling head."""
+
+    def __init__(self, c: SiglipConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size)
+        self.position_embedding = nn.Embedding(c.num_patches, c.width)
+        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.depth))
+        self.post_norm = nn.LayerNorm(c.width, eps=NORM_EPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images float32 [N, 3, S, S] in [-1, 1] -> [N, patches, width]. Patches are row-major."""
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        x = x.to(self.post_norm.weight.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_norm(x)
+
+
+class GemmaLayer(nn.Module):
+    """The weights of one decoder layer. :func:`joint_layer` runs one or two of them over shared attention."""
+
+    def __init__(self, c: GemmaConfig, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, c.q_dim, bias=False)
+        self.k_proj = nn.Linear(c.width, c.kv_dim, bias=False)
+        self.v_proj = nn.Linear(c.width, c.kv_dim, bias=False)
+        self.o_proj = nn.Linear(c.q_dim, c.width, bias=False)
+        self.gate_proj = nn.Linear(c.width, c.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(c.width, c.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(c.mlp_dim, c.width, bias=False)
+        self.input_norm = norm(c.width)
+        self.post_attention_norm = norm(c.width)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaTower(nn.Module):
+    """A stack of decoder layers; the language model also embeds tokens."""
+
+    def __init__(self, c: GemmaConfig, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        if c.vocab_size is not None:
+            self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
+        self.layers = nn.ModuleList(GemmaLayer(c, norm) for _ in range(c.depth))
+        self.norm = norm(c.width)
+
+
+@dataclass
+class Stream:
+    """Tokens [B, n, width] that one tower's weights carry through the layers, with the adaRMS condition if any."""
+
+    tower: GemmaTower
+    x: Tensor
+    cond: Tensor | None = None
+
+
+#: Per layer: keys after RoPE and values, each [B, kv_heads, tokens, head_dim].
+KVCache = list[tuple[Tensor, Tensor]]
+
+
+def rope(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding in half-split form.
+
+    x [B, heads, n, head_dim], positions int [B, n]. The angle of pair (i, i + head_dim/2) is
+    position / 10000^(2i / head_dim), rounded to float32; the rotation is done in x.dtype.
+    """
+    head_dim = x.shape[-1]
+    inv_freq = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = positions[:, None, :, None].float() * inv_freq.to(x.device)
+    cos, sin = angle.double().cos().to(x.dtype), angle.double().sin().to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """Masked softmax attention with grouped KV heads.
+
+    q [B, heads, n, hd], k and v [B, kv_heads, m, hd], allowed bool [B, n, m] -> [B, n, heads * hd]. Softmax in float32.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    probs = logits.float().masked_fill(~allowed[:, None], MASKED_LOGIT).softmax(dim=-1).to(v.dtype)
+    return (probs @ v).transpose(1, 2).flatten(2)
+
+
+def joint_layer(
+    index: int, streams: list[Stream], positions: Tensor, allowed: Tensor, past: KVCache | None
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer over the tokens of all streams, which attend together but keep their own weights.
+
+    positions int [B, n] and allowed bool [B, n, m] cover the concatenated streams; m = past keys + n.
+    Updates ``stream.x`` in place and returns the layer's keys and values for a cache.
+    """
+    qs, ks, vs, gates = [], [], [], []
+    for s in streams:
+        layer = s.tower.layers[index]
+        normed, gate = layer.input_norm(s.x, s.cond)
+        for out, proj in ((qs, layer.q_proj), (ks, layer.k_proj), (vs, layer.v_proj)):
+            out.append(proj(normed).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2))
+        gates.append(gate)
+    q, k, v = rope(torch.cat(qs, dim=2), positions), rope(torch.cat(ks, dim=2), positions), torch.cat(vs, dim=2)
+    if past is not None:
+        past_k, past_v = past[index]
+        mixed = attention(q, torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), allowed)
+    else:
+        mixed = attention(q, k, v, allowed)
+    for s, part, gate in zip(streams, mixed.split([s.x.shape[1] for s in streams], dim=1), gates, strict=True):
+        layer = s.tower.layers[index]
+        s.x = gated_residual(s.x, layer.o_proj(part), gate)
+        normed, gate = layer.post_attention_norm(s.x, s.cond)
+        s.x = gated_residual(s.x, layer.mlp(normed), gate)
+    return k, v
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + y, or x + y * gate where adaRMS gives a gate."""
+    return x + y if gate is None else x + y * gate
+
+
+def blockwise_causal(pad_mask: Tensor, starts_block: Tensor) -> Tensor:
+    """Which token may attend to which, bool [B, n, n].
+
+    A token sees every valid token of its own block and of all earlier blocks. ``pad_mask`` bool [B, n] marks valid
+    tokens, ``starts_block`` bool [n] the tokens that open a new block (openpi ``make_att_2d_masks``).
+    """
+    block = starts_block.long().cumsum(dim=0)
+    allowed = block[None, :] <= block[:, None]
+    return allowed[None] & pad_mask[:, None, :] & pad_mask[:, :, None]
+
+
+def time_embedding(time: Tensor, width: int) -> Tensor:
+    """sin and cos of the flow time, float32 [B] -> float32 [B, width].
+
+    Periods run geometrically from 4e-3 to 4; computed in float64, because at the shortest period float32 angles
+    (up to 1571 rad) are off by 1e-4 (openpi ``create_sinusoidal_pos_embedding``).
+    """
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
+    angle = time.double()[:, None] * (2 * math.pi / (4e-3 * (4.0 / 4e-3) ** fraction))
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+def flow_times(num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(time, dt) of each Euler step from noise (1) to actions (0), accumulated in float32 as openpi does."""
+    dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32)
+    time = torch.tensor(1.0, dtype=torch.float32)
+    for _ in range(num_steps):
+        yield time, dt
+        time = time + dt
+
+
+class Pi0Reference(nn.Module):
+    """π0 or π0.5. Parameter names are the canonical ones of ``parameters.py``.
+
+    Args:
+        config: sizes and model type.
+        dtype: ``torch.float32``, or ``torch.bfloat16`` for openpi's mixed precision with exact RoPE.
+    """
+
+    def __init__(self, config: Pi0Config, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+        self.config = config
+        width, action_dim = config.expert.width, config.action_dim
+        self.vision = VisionTower(config.vision)
+        self.projector = nn.Linear(config.vision.width, config.llm.width)
+        self.llm = GemmaTower(config.llm, RMSNorm)
+        self.expert = GemmaTower(config.expert, AdaRMSNorm if config.is_pi05 else RMSNorm)
+        self.action_in_proj = nn.Linear(action_dim, width)
+        self.action_out_proj = nn.Linear(width, action_dim)
+        if config.is_pi05:
+            self.time_mlp_in = nn.Linear(width, width)
+            self.time_mlp_out = nn.Linear(width, width)
+        else:
+            self.state_proj = nn.Linear(action_dim, width)
+            self.action_time_mlp_in = nn.Linear(2 * width, width)
+            self.action_time_mlp_out = nn.Linear(width, width)
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(storage_dtype(name, dtype))
+
+    @classmethod
+    def from_tensors(
+        cls, config: Pi0Config, tensor: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
+    ) -> Pi0Reference:
+        """Build from a function that gives each tensor by canonical name, for example ``checkpoint.tensor``."""
+        with torch.device("meta"):
+            model = cls(config, dtype)
+        for name, parameter in list(model.named_parameters()):
+            value = tensor(name)
+            if tuple(value.shape) != tuple(parameter.shape):
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(parameter.shape)}")
+            if dtype == torch.bfloat16 and not keeps_full_values(name):
+                value = value.to(torch.bfloat16)
+            owner, leaf = name.rpartition(".")[::2]
+            filled = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, filled)
+        return model.eval()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.projector.weight.dtype
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """images float32 [B, V, S, S, 3] -> [B, V * patches, llm width], unscaled (openpi drops the 1/sqrt(width))."""
+        batch = images.shape[0]
+        features = self.vision(images.flatten(0, 1).permute(0, 3, 1, 2))
+        return self.projector(features).unflatten(0, (batch, -1)).flatten(1, 2)
+
+    def embed_prefix(
+        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> tokens [B, P, llm width] in the order images, prompt; valid mask bool [B, P]."""
+        prompt = self.llm.embed_tokens(tokens) * math.sqrt(self.config.llm.width)
+        pad_mask = torch.cat([image_masks.repeat_interleave(self.config.vision.num_patches, dim=1), token_mask], dim=1)
+        return torch.cat([self.embed_images(images), prompt], dim=1), pad_mask
+
+    def prefill(self, prefix: Tensor, pad_mask: Tensor) -> KVCache:
+        """Run the language model over the prefix [B, P, width] and keep each layer's keys and values."""
+        allowed = blockwise_causal(pad_mask, torch.zeros(prefix.shape[1], dtype=torch.bool, device=prefix.device))
+        stream = Stream(self.llm, prefix)
+        positions = prefix_positions(pad_mask)
+        return [joint_layer(i, [stream], positions, allowed, None) for i in range(self.config.llm.depth)]
+
+    def embed_suffix(self, state: Tensor, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        """state float32 [B, A], noisy actions float32 [B, H, A], time float32 [B] -> (tokens [B, S, W], adaRMS cond).
+
+        π0: S = 1 + H (state first) and no condition. π0.5: S = H and cond float32 [B, W].
+        """
+        action = self.action_in_proj(x_t)
+        time_emb = time_embedding(time, self.config.expert.width)
+        if self.config.is_pi05:
+            return action, F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_emb))))
+        both = torch.cat([action, time_emb[:, None, :].expand_as(action)], dim=-1)
+        action = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))
+        return torch.cat([self.state_proj(state)[:, None, :], action], dim=1), None
+
+    def velocity(self, state: Tensor, prefix_pad: Tensor, cache: KVCache, x_t: Tensor, time: Tensor) -> Tensor:
+        """One flow step: dx/dt float32 [B, H, A] of noisy actions x_t [B, H, A] at time [B], given the prefix cache."""
+        suffix, cond = self.embed_suffix(state, x_t, time)
+        suffix_allowed = blockwise_causal(prefix_pad.new_ones(suffix.shape[:2]), self._suffix_blocks(suffix))
+        to_prefix = prefix_pad[:, None, :].expand(-1, suffix.shape[1], -1)
+        allowed = torch.cat([to_prefix, suffix_allowed], dim=2)
+        offsets = torch.arange(suffix.shape[1], device=suffix.device)
+        positions = prefix_pad.sum(dim=1, keepdim=True) + offsets
+        stream = Stream(self.expert, suffix.to(self.compute_dtype), cond)
+        for i in range(self.config.expert.depth):
+            joint_layer(i, [stream], positions, allowed, cache)
+        return self._project_actions(stream, x_t.shape[1])
+
+    def joint_velocity(
+        self, prefix: Tensor, prefix_pad: Tensor, state: Tensor, x_t: Tensor, time: Tensor
+    ) -> Tensor:
+        """The same velocity in one pass over [images + prompt | state | actions], as in training."""
+        suffix, cond = self.embed_suffix(state, x_t, time)
+        pad_mask = torch.cat([prefix_pad, prefix_pad.new_ones(suffix.shape[:2])], dim=1)
+        starts_block = torch.cat([prefix_pad.new_zeros(prefix.shape[1]), self._suffix_blocks(suffix)])
+        allowed = blockwise_causal(pad_mask, starts_block)
+        streams = [Stream(self.llm, prefix), Stream(self.expert, suffix.to(self.compute_dtype), cond)]
+        for i in range(self.config.llm.depth):
+            joint_layer(i, streams, prefix_positions(pad_mask), allowed, None)
+        return self._project_actions(streams[1], x_t.shape[1])
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        images: Tensor,
+        image_masks: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        state: Tensor,
+        noise: Tensor,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Integrate the flow from noise float32 [B, H, A] to a chunk of normalised actions float32 [B, H, A]."""
+        prefix, pad_mask = self.embed_prefix(images, image_masks, tokens, token_mask)
+        cache = self.prefill(prefix, pad_mask)
+        x_t = noise
+        for time, dt in flow_times(num_steps or self.config.num_steps):
+            x_t = x_t + dt * self.velocity(state, pad_mask, cache, x_t, time.expand(x_t.shape[0]))
+        return x_t
+
+    def loss(self, prefix: Tensor, prefix_pad: Tensor, state: Tensor, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Flow-matching loss [B, H]: squared error of the velocity at x_t = t * noise + (1 - t) * actions.
+
+        The target is noise - actions, because time runs from actions (0) to noise (1). Draw ``time`` with
+        :func:`sample_training_time`.
+        """
+        t = time[:, None, None]
+        x_t = t * noise + (1 - t) * actions
+        error = self.joint_velocity(prefix, prefix_pad, state, x_t, time) - (noise - actions)
+        return error.square().mean(dim=-1)
+
+    def _suffix_blocks(self, suffix: Tensor) -> Tensor:
+        """Which suffix tokens open a block: π0 [state | actions], π0.5 [actions]."""
+        starts = torch.zeros(suffix.shape[1], dtype=torch.bool, device=suffix.device)
+        starts[: 1 if self.config.is_pi05 else 2] = True
+        return starts
+
+    def _project_actions(self, stream: Stream, horizon: int) -> Tensor:
+        normed, _ = self.expert.norm(stream.x, stream.cond)
+        return self.action_out_proj(normed[:, -horizon:].float())
+
+
+def prefix_positions(pad_mask: Tensor) -> Tensor:
+    """RoPE positions int [B, n]: masked tokens do not advance the count."""
+    return pad_mask.long().cumsum(dim=1) - 1
+
+
+def sample_training_time(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Flow times float32 [batch] for training: Beta(1.5, 1) squeezed into (0.001, 1), which favours noisy inputs.
+
+    Beta(a, 1) has the distribution function t^a, so t = u^(1/a) with uniform u (π0 paper, appendix B).
+    """
+    return torch.rand(batch, generator=generator) ** (1 / 1.5) * 0.999 + 0.001
+
+
+def keeps_full_values(name: str) -> bool:
+    """Whether bfloat16 mode keeps a parameter's float32 values: the projections outside the two Gemmas and SigLIP."""
+    return not name.startswith(("vision.", "projector.", "llm.", "expert."))
+
+
+def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which openpi holds a parameter: norms of the Gemmas, patch and position embeddings stay float32."""
+    gemma_norm = name.startswith(("llm.", "expert.")) and "norm." in name
+    embedding = name.startswith(("vision.patch_embedding", "vision.position_embedding"))
+    return torch.float32 if keeps_full_values(name) or gemma_norm or embedding else dtype
