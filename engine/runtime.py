@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine import expert, flow, prefix, vision
+from pi0_engine.engine.pipeline import run
 from pi0_engine.engine.plan import ShapePlan, Workspace
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
@@ -29,7 +29,7 @@ class Inference:
 
     Attributes:
         actions: float32 [B, samples, H, action_dim] on the CPU, normalised; a copy that the caller owns.
-        seconds: wall time of each stage, in order: inputs, vision, prefix, state, flow.
+        seconds: wall time of each stage, in order: inputs, then those of ``pipeline.STAGES``.
     """
 
     actions: Tensor
@@ -79,16 +79,7 @@ class Engine:
         space = self.workspace(plan)
         self._load(inputs, noise, space)
         clock.lap("inputs")
-        c, w = self.config, self.weights
-        vision.embed_images(self.ops, c.vision, w.vision, space)
-        clock.lap("vision")
-        prefix.prefill(self.ops, c.llm, w.llm, space)
-        clock.lap("prefix")
-        if space.state_rows:
-            expert.encode_state(self.ops, c.expert, w.action, w.expert, space)
-        clock.lap("state")
-        flow.integrate(self.ops, c.expert, w.action, w.expert, self.time_terms(plan.num_steps), space)
-        clock.lap("flow")
+        run(self.ops, self.config, self.weights, self.time_terms(plan.num_steps), space, clock.lap)
         return Inference(space["actions"].view(noise.shape).to("cpu", copy=True), clock.seconds)
 
     def workspace(self, plan: ShapePlan) -> Workspace:

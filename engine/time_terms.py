@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,12 +48,11 @@ class StepTerms:
 
 def flow_grid(num_steps: int) -> tuple[list[float], float]:
     """Times of the Euler steps, 1 down to about 1/num_steps, and dt; accumulated in float32 like openpi's."""
-    dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32)
-    time, times = torch.tensor(1.0, dtype=torch.float32), []
+    dt, time, times = np.float32(-1.0 / num_steps), np.float32(1.0), []
     for _ in range(num_steps):
-        times.append(time.item())
-        time = time + dt
-    return times, dt.item()
+        times.append(float(time))
+        time += dt
+    return times, float(dt)
 
 
 def time_embedding(times: list[float], width: int) -> Tensor:
@@ -88,8 +88,9 @@ class TimeTerms:
 
     def _compute(self, num_steps: int) -> tuple[StepTerms, ...]:
         times, dt = flow_grid(num_steps)
-        embedding = time_embedding(times, self._config.expert.width)
         out, out_bias = self._read("action_out_proj.weight") * dt, self._read("action_out_proj.bias") * dt
+        # Where the source's tensors are: on the host, or nowhere ("meta") when only shapes are wanted.
+        embedding = time_embedding(times, self._config.expert.width).to(out.device)
         depth = self._config.expert.depth
         if not self._config.is_pi05:
             out = out * (1.0 + self._read("expert.norm.weight"))

@@ -7,8 +7,7 @@ Folding is exact algebra, done in float32 and rounded once: a norm's weight goes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -46,9 +45,9 @@ class VisionWeights:
 
     patch: Tensor
     position: Tensor
-    layers: list[VisionLayerWeights]
     projector: Tensor
     projector_bias: Tensor
+    layers: list[VisionLayerWeights]
 
 
 @dataclass(frozen=True)
@@ -101,39 +100,28 @@ def pack_weights(
     Raises:
         ValueError: whatever the source raises for a tensor it cannot give.
     """
-    config = source.config
-    pack = _Packer(source, dtype, device)
-    last = config.llm.depth - 1
-    jobs: dict[str, Callable[[], object]] = {"vision": pack.vision_ends}
-    for i in range(config.vision.depth):
-        jobs[f"vision.{i}"] = lambda i=i: pack.vision_layer(i)  # type: ignore[misc]
-    for i in range(config.llm.depth):
-        jobs[f"llm.{i}"] = lambda i=i: pack.decoder_layer(f"llm.layers.{i}", True, i == last)  # type: ignore[misc]
-    for i in range(config.expert.depth):
-        jobs[f"expert.{i}"] = lambda i=i: pack.decoder_layer(  # type: ignore[misc]
-            f"expert.layers.{i}", not config.is_pi05, False
-        )
-    jobs["action"] = pack.action
+    config, pack = source.config, _Packer(source, dtype, device)
+    depth, fold = config.llm.depth, not config.is_pi05
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        futures = {name: pool.submit(job) for name, job in jobs.items()}
-        bar = tqdm(futures.items(), desc="packing weights", unit="part", disable=not progress, leave=False)
+        ends = pool.submit(pack.vision_ends)
+        vision = [pool.submit(pack.vision_layer, i) for i in range(config.vision.depth)]
+        llm = [pool.submit(pack.decoder_layer, f"llm.layers.{i}", True, i == depth - 1) for i in range(depth)]
+        expert = [pool.submit(pack.decoder_layer, f"expert.layers.{i}", fold, False) for i in range(depth)]
+        action = pool.submit(pack.action)
+        parts = [ends, *vision, *llm, *expert, action]
         try:
-            done = {name: future.result() for name, future in bar}
+            for part in tqdm(as_completed(parts), "packing weights", len(parts), disable=not progress, leave=False):
+                part.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    ends: VisionWeights = done["vision"]  # type: ignore[assignment]
-    vision = VisionWeights(
-        ends.patch,
-        ends.position,
-        [done[f"vision.{i}"] for i in range(config.vision.depth)],  # type: ignore[misc]
-        ends.projector,
-        ends.projector_bias,
+    return Weights(
+        vision=VisionWeights(*ends.result(), layers=[part.result() for part in vision]),
+        llm=[part.result() for part in llm],
+        expert=[part.result() for part in expert],
+        action=action.result(),
+        embed_tokens=source.tensor("llm.embed_tokens.weight"),
     )
-    llm: list[DecoderLayerWeights] = [done[f"llm.{i}"] for i in range(config.llm.depth)]  # type: ignore[misc]
-    expert: list[DecoderLayerWeights] = [done[f"expert.{i}"] for i in range(config.expert.depth)]  # type: ignore[misc]
-    action: ActionWeights = done["action"]  # type: ignore[assignment]
-    return Weights(vision, llm, expert, action, source.tensor("llm.embed_tokens.weight"))
 
 
 class _Packer:
@@ -160,20 +148,24 @@ class _Packer:
             parts.append(self.store(value if column_scale is None else value.float() * column_scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def vision_ends(self) -> VisionWeights:
+    def vision_ends(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """patch, position, projector, projector_bias of :class:`VisionWeights`."""
         patch = self.f32("vision.patch_embedding.weight").permute(0, 2, 3, 1).flatten(1)
         position = self.f32("vision.position_embedding.weight") + self.f32("vision.patch_embedding.bias")
         projector, projector_bias = self.after_layernorm(["projector"], "vision.post_norm")
         # Pixels and patch weights stay float32: 0.1 % of the work, and openpi keeps them so (modeling_siglip.py).
         f32 = torch.float32
-        return VisionWeights(self.store(patch, f32), self.store(position, f32), [], projector, projector_bias)
+        return self.store(patch, f32), self.store(position, f32), projector, projector_bias
 
     def after_layernorm(self, linears: list[str], norm: str) -> tuple[Tensor, Tensor]:
         """Stacked linears with the LayerNorm in front folded in: W diag(w), and b + W b_norm."""
         scale, shift = self.f32(f"{norm}.weight"), self.f32(f"{norm}.bias")
-        weight = self.stack([f"{name}.weight" for name in linears], scale)
-        biases = [self.f32(f"{name}.bias") + self.f32(f"{name}.weight") @ shift for name in linears]
-        return weight, self.store(torch.cat(biases), torch.float32)
+        weights, biases = [], []
+        for name in linears:
+            weight = self.f32(f"{name}.weight")
+            weights.append(self.store(weight * scale))
+            biases.append(self.f32(f"{name}.bias") + weight @ shift)
+        return torch.cat(weights), self.store(torch.cat(biases), torch.float32)
 
     def vision_layer(self, index: int) -> VisionLayerWeights:
         layer = f"vision.layers.{index}"

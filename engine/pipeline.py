@@ -1,0 +1,37 @@
+"""The stages in order. The same few lines run on real buffers, under a tracer that only counts, or in a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pi0_engine.config import Pi0Config
+from pi0_engine.engine import expert, flow, prefix, vision
+from pi0_engine.engine.plan import Workspace
+from pi0_engine.engine.time_terms import StepTerms
+from pi0_engine.engine.weights import Weights
+from pi0_engine.kernels.registry import Ops
+
+STAGES = ("vision", "prefix", "state", "flow")
+
+
+def run(
+    ops: Ops,
+    config: Pi0Config,
+    weights: Weights,
+    steps: Sequence[StepTerms],
+    space: Workspace,
+    lap: Callable[[str], None],
+) -> None:
+    """From ``images``, prompt rows of ``prefix_x``, ``state`` and noise in ``actions`` to actions in ``actions``.
+
+    ``lap`` is called with its name when a stage has been issued. π0.5 has no state token; its lap is empty.
+    """
+    vision.embed_images(ops, config.vision, weights.vision, space)
+    lap("vision")
+    prefix.prefill(ops, config.llm, weights.llm, space)
+    lap("prefix")
+    if space.state_rows:
+        expert.encode_state(ops, config.expert, weights.action, weights.expert, space)
+    lap("state")
+    flow.integrate(ops, config.expert, weights.action, weights.expert, steps, space)
+    lap("flow")

@@ -1,0 +1,87 @@
+"""Count an inference without running it: every op call with its stage, shapes, FLOP and bytes.
+
+The stages run as they are, on tensors of torch's "meta" device, so a full-size model costs no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi0_engine.config import Pi0Config
+from pi0_engine.engine.pipeline import run
+from pi0_engine.engine.plan import ShapePlan, Workspace
+from pi0_engine.engine.time_terms import TimeTerms
+from pi0_engine.engine.weights import pack_weights
+from pi0_engine.kernels.registry import Cost, OpFunction, Ops, all_ops
+from pi0_engine.parameters import parameter_shapes
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op call. ``shapes`` holds the shape and dtype of each tensor argument by position or keyword."""
+
+    stage: str
+    op: str
+    cost: Cost
+    shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+class TracingOps(Ops):
+    """Looks like :class:`Ops`, records every call in ``calls``, and runs nothing unless it wraps real ``ops``."""
+
+    def __init__(self, ops: Ops | None = None) -> None:
+        super().__init__({name: self._recording(name, ops) for name in all_ops()}, ops.choices if ops else ())
+        self.calls: list[Call] = []
+        self._unstaged = 0
+
+    def lap(self, stage: str) -> None:
+        """Say that the calls since the last lap belong to ``stage``."""
+        fresh = self.calls[self._unstaged :]
+        self.calls[self._unstaged :] = [Call(stage, c.op, c.cost, c.shapes) for c in fresh]
+        self._unstaged = len(self.calls)
+
+    def _recording(self, name: str, ops: Ops | None) -> OpFunction:
+        entry = all_ops()[name]
+
+        def record(*args: Any, **kwargs: Any) -> None:
+            named = [(str(i), a) for i, a in enumerate(args)] + list(kwargs.items())
+            shapes = tuple((n, tuple(a.shape), a.dtype) for n, a in named if isinstance(a, Tensor))
+            self.calls.append(Call("", name, entry.cost(*args, **kwargs), shapes))
+            if ops is not None:
+                getattr(ops, name)(*args, **kwargs)
+
+        return record
+
+
+def count_work(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list[Call]:
+    """Every op call of one inference of these lengths, in order."""
+    source, meta = _ShapesOnly(config), torch.device("meta")
+    weights = pack_weights(source, dtype, meta)
+    steps = TimeTerms(source, meta)(plan.num_steps)
+    tracer = TracingOps()
+    run(tracer, config, weights, steps, Workspace(config, plan, dtype, meta), tracer.lap)
+    return tracer.calls
+
+
+def work_per_stage(calls: list[Call]) -> Mapping[str, Cost]:
+    """Total cost of each stage that made a call."""
+    totals: dict[str, Cost] = {}
+    for call in calls:
+        totals[call.stage] = totals.get(call.stage, Cost(0, 0)) + call.cost
+    return totals
+
+
+class _ShapesOnly:
+    """A checkpoint of tensors without contents."""
+
+    def __init__(self, config: Pi0Config) -> None:
+        self.config = config
+        self._shapes = parameter_shapes(config)
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], device="meta")
