@@ -1,0 +1,236 @@
+"""Measure the engine on random weights: verify against the reference first, then time, then say how far the floor is.
+
+The floor of a stage is max(FLOP / rate, bytes / bandwidth), with the rates measured on the same machine in the same
+run. Ratios against the reference are of the same run as well; absolute times on a shared machine are not comparable.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pi0_engine.cases import Difference
+from pi0_engine.config import CAMERA_SLOTS, EngineConfig, Pi0Config
+from pi0_engine.engine.plan import ShapePlan
+from pi0_engine.engine.runtime import Engine, resolve_device, resolve_dtype
+from pi0_engine.engine.trace import count_work, work_per_stage
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.kernels.gemm import arithmetic_dtype
+from pi0_engine.random_weights import RandomCheckpoint
+from pi0_engine.reference import Pi0Reference
+
+#: Engine against reference before anything is timed, relative L2: exact algebra in float32; in bfloat16 two
+#: independent roundings, each up to 0.01 from float32 (docs/parity.md).
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One inference to measure.
+
+    Attributes:
+        views: cameras present; the reference computes all slots (three or more) and masks the rest.
+        prompt_tokens: valid tokens; the reference pads them to the model's capacity.
+    """
+
+    config: Pi0Config
+    views: int
+    prompt_tokens: int
+    horizon: int
+    num_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.views <= 4:
+            raise ValueError(f"views is {self.views}, expected 1 to 4")
+        if not 1 <= self.prompt_tokens <= self.config.token_capacity:
+            raise ValueError(f"prompt tokens are {self.prompt_tokens}, expected 1 to {self.config.token_capacity}")
+
+    def inputs(self) -> tuple[ModelInputs, Tensor]:
+        """Random images, tokens and state, and noise float32 [1, 1, H, action_dim]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        config, slots = self.config, max(self.views, len(CAMERA_SLOTS))
+        size, length = config.vision.image_size, config.token_capacity
+        assert config.llm.vocab_size is not None
+        tokens = torch.randint(0, config.llm.vocab_size, (1, length), generator=generator)
+        inputs = ModelInputs(
+            images=torch.rand(1, slots, size, size, 3, generator=generator) * 2 - 1,
+            image_masks=(torch.arange(slots) < self.views)[None],
+            tokens=tokens,
+            token_mask=(torch.arange(length) < self.prompt_tokens)[None],
+            state=torch.randn(1, config.action_dim, generator=generator),
+        )
+        return inputs, torch.randn(1, 1, self.horizon, config.action_dim, generator=generator)
+
+
+def run_benchmark(
+    work: Workload, engine_config: EngineConfig, *, runs: int, baseline: bool, progress: bool
+) -> dict[str, Any]:
+    """Everything ``pi0-engine bench`` prints, as JSON-ready data. Times in milliseconds, memory in bytes.
+
+    Raises:
+        ValueError: engine and reference disagree (nothing is timed then), or a setting cannot be used.
+    """
+    if runs < 1:
+        raise ValueError(f"runs is {runs}, expected at least 1")
+    dtype, _ = resolve_dtype(engine_config.dtype, resolve_device(engine_config.device))
+    # Stored in the dtype that runs, as deployed checkpoints are: the embedding table is not twice as big then.
+    engine = Engine(RandomCheckpoint(work.config, work.seed, dtype), engine_config, progress=progress)
+    inputs, noise = work.inputs()
+    actions = engine.infer(inputs, noise, num_steps=work.num_steps).actions[0]  # the warm-up as well
+    measured: list[dict[str, float]] = []
+    for _ in tqdm(range(runs), "engine", disable=not progress, leave=False):
+        started = time.perf_counter()
+        stages = engine.infer(inputs, noise, num_steps=work.num_steps).seconds
+        measured.append({**stages, "total": time.perf_counter() - started})
+    ceilings = measure_ceilings(engine.dtype, engine.device)
+    report = {
+        "machine": describe_machine(engine.device),
+        "workload": {
+            "model": work.config.model_type,
+            "views": work.views,
+            "prompt_tokens": work.prompt_tokens,
+            "horizon": work.horizon,
+            "num_steps": work.num_steps,
+            "seed": work.seed,
+        },
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "runs": runs,
+        "ceilings": ceilings,
+        "engine": _against_floor(work, engine, measured, ceilings),
+        "packed_weight_bytes": engine.weights.packed_bytes,
+        "peak_memory_bytes": peak_memory(engine.device),
+    }
+    device = engine.device
+    del engine  # the reference needs as much memory again
+    gc.collect()
+    if baseline:
+        report["baseline"] = _measure_reference(work, device, dtype, actions, runs, progress)
+        report["speedup"] = report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"]
+    return report
+
+
+def _against_floor(
+    work: Workload, engine: Engine, measured: list[dict[str, float]], ceilings: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """p50 and p99 of each stage and the whole, with work, floor and percent of the floor where there is work."""
+    plan = ShapePlan.of(
+        work.config,
+        views=[work.views],
+        prompt_lengths=[work.prompt_tokens],
+        horizon=work.horizon,
+        num_steps=work.num_steps,
+        prompt_bucket=engine.engine_config.prompt_bucket,
+    )
+    costs = work_per_stage(count_work(work.config, plan, engine.dtype))
+    out: dict[str, dict[str, float]] = {}
+    floor_total = 0.0
+    for stage in measured[0]:
+        times = [m[stage] for m in measured]
+        row = {"p50_ms": 1e3 * float(np.median(times)), "p99_ms": 1e3 * float(np.quantile(times, 0.99))}
+        if stage in costs:
+            cost = costs[stage]
+            floor = max(cost.flops / ceilings["flops_per_s"], cost.bytes / ceilings["bytes_per_s"])
+            floor_total += floor
+            row.update(flops=cost.flops, bytes=cost.bytes, floor_ms=1e3 * floor)
+        elif stage == "total":
+            row["floor_ms"] = 1e3 * floor_total
+        if "floor_ms" in row:
+            row["percent_of_floor"] = 100 * row["floor_ms"] / row["p50_ms"]
+        out[stage] = row
+    return out
+
+
+def _measure_reference(
+    work: Workload, device: torch.device, dtype: torch.dtype, engine_actions: Tensor, runs: int, progress: bool
+) -> dict[str, float]:
+    checkpoint = RandomCheckpoint(work.config, work.seed, dtype)
+    model = Pi0Reference.from_tensors(work.config, checkpoint.tensor, dtype).to(device)
+    inputs, noise = work.inputs()
+    arguments = [t.to(device) for t in (inputs.images, inputs.image_masks, inputs.tokens, inputs.token_mask)]
+    state, start = inputs.state.to(device), noise[0].to(device)
+
+    def sample() -> Tensor:
+        return model.sample_actions(*arguments, state, start, work.num_steps).cpu()
+
+    difference = Difference.between(engine_actions, sample())  # the warm-up as well
+    if not difference.rel_l2 <= AGREEMENT[dtype]:
+        raise ValueError(
+            f"engine and reference disagree: relative L2 {difference.rel_l2:.2e}, expected <= {AGREEMENT[dtype]:.0e}"
+        )
+    times = []
+    for _ in tqdm(range(runs), "reference", disable=not progress, leave=False):
+        started = time.perf_counter()
+        sample()
+        times.append(time.perf_counter() - started)
+    prefix = inputs.image_masks.shape[1] * work.config.vision.num_patches + work.config.token_capacity
+    return {
+        "p50_ms": 1e3 * float(np.median(times)),
+        "p99_ms": 1e3 * float(np.quantile(times, 0.99)),
+        "prefix_tokens": prefix,
+        "rel_l2": difference.rel_l2,
+    }
+
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """What this machine does at best: FLOP/s of a large matrix product, bytes/s of a large copy (read and write)."""
+    a = torch.ones(1024, 4096, dtype=dtype, device=device)
+    a = a.to(arithmetic_dtype(a))
+    b = a.new_ones(4096, 4096)
+    big = torch.ones(64 << 20, dtype=torch.float32, device=device)
+    other = torch.empty_like(big)
+    gemm_s = _best(lambda: a @ b, device)
+    copy_s = _best(lambda: other.copy_(big), device)
+    return {"flops_per_s": 2 * 1024 * 4096 * 4096 / gemm_s, "bytes_per_s": 2 * big.numel() * 4 / copy_s}
+
+
+def _best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once()
+    return min(once() for _ in range(repeats))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory so far, in bytes: of the GPU's allocator, or of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

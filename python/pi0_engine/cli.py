@@ -1,0 +1,47 @@
+"""``pi0-engine``: the command line. Each subcommand is a typed dataclass in ``commands/``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from pi0_engine.commands.bench import Bench
+from pi0_engine.commands.demo import Demo
+from pi0_engine.commands.env import Env
+from pi0_engine.commands.infer import Infer
+from pi0_engine.commands.verify import Verify
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Infer, tyro.conf.subcommand("infer")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Env, tyro.conf.subcommand("env")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; 0 for success, 1 for a failed check, 2 for input that cannot be used."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        args=arguments,
+        prog="pi0-engine",
+        description="Run the π0 and π0.5 robot policies: fast, and provably what openpi computes.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    try:
+        return int(command.run())
+    except ValueError as error:
+        print(f"pi0-engine: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

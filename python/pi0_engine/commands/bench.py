@@ -1,0 +1,119 @@
+"""``pi0-engine bench``: how fast is it here, and how far from what this machine could do?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pi0_engine.benchmark import Workload, run_benchmark
+from pi0_engine.commands.options import Backend, Dtype, print_json, show_progress, table
+from pi0_engine.config import EngineConfig, Pi0Config
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time the engine per stage on random weights, against the machine's floor and the reference.
+
+    The engine's actions are compared with the reference's before the reference is timed. A full-size model needs
+    about 7.5 GB in bfloat16 and 15 GB in float32; drawing its weights takes about half a minute. Example:
+
+        pi0-engine bench --config pi0 --views 2 --prompt-tokens 12 --dtype bfloat16 --baseline reference --runs 3
+    """
+
+    config: str = "pi0"
+    """'pi0', 'pi05' or a JSON file of sizes."""
+    random_weights: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
+    """Seed of the weights, images, prompt and noise."""
+    views: int = 2
+    """Cameras present, 1 to 4."""
+    prompt_tokens: int = 20
+    """Length of the instruction in tokens."""
+    horizon: int | None = None
+    """Actions per chunk; the model's (50) where not given."""
+    num_steps: int | None = None
+    """Euler flow steps; the model's (10) where not given."""
+    dtype: Dtype = "auto"
+    """'auto' is bfloat16 where the processor computes it, else float32."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    backend: Backend = "auto"
+    baseline: Literal["reference"] | None = None
+    """Also time the plain PyTorch reference, which computes every camera slot and all padding."""
+    runs: int = 10
+    """Timed runs, after one to warm up."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    plot: str | None = None
+    """Draw the stages into this .png, .svg or .pdf."""
+
+    def run(self) -> int:
+        config = Pi0Config.load(self.config)
+        work = Workload(
+            config,
+            views=self.views,
+            prompt_tokens=self.prompt_tokens,
+            horizon=config.action_horizon if self.horizon is None else self.horizon,
+            num_steps=config.num_steps if self.num_steps is None else self.num_steps,
+            seed=self.random_weights,
+        )
+        engine = EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend)
+        report = run_benchmark(
+            work,
+            engine,
+            runs=self.runs,
+            baseline=self.baseline == "reference",
+            progress=show_progress(self.json),
+        )
+        if self.json:
+            print_json(report)
+        else:
+            print(_text(report))
+        if self.plot:
+            _plot(report, self.plot)
+        return 0
+
+
+def _text(report: dict[str, Any]) -> str:
+    rows = []
+    for stage, row in report["engine"].items():
+        floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else "-"
+        percent = f"{row['percent_of_floor']:.0f} %" if "percent_of_floor" in row else "-"
+        rows.append([stage, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", floor, percent])
+    if "baseline" in report:
+        rows.append(["reference", f"{report['baseline']['p50_ms']:.2f}", f"{report['baseline']['p99_ms']:.2f}", "", ""])
+    machine, ceilings, work = report["machine"], report["ceilings"], report["workload"]
+    lines = [
+        f"{work['model']}, {report['dtype']}, {work['views']} views, prompt {work['prompt_tokens']}, "
+        f"chunk {work['horizon']}, {work['num_steps']} steps, {report['runs']} runs",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}: measured "
+        f"{ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s, {ceilings['bytes_per_s'] / 1e9:.1f} GB/s",
+        "",
+        table(["stage", "p50 ms", "p99 ms", "floor ms", "of floor"], rows),
+        "",
+        f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB "
+        f"(packed weights {report['packed_weight_bytes'] / 1e9:.2f} GB)",
+    ]
+    if "baseline" in report:
+        baseline = report["baseline"]
+        lines.append(
+            f"{report['speedup']:.2f}x the reference on its {baseline['prefix_tokens']} prefix tokens; "
+            f"actions agree to {baseline['rel_l2']:.1e} (relative L2)"
+        )
+    return "\n".join(lines)
+
+
+def _plot(report: dict[str, Any], path: str) -> None:
+    from pi0_engine.plots import plot_stages
+
+    timed = {stage: row for stage, row in report["engine"].items() if "floor_ms" in row}
+    series = {
+        "engine": [row["p50_ms"] for row in timed.values()],
+        "floor of this machine": [row["floor_ms"] for row in timed.values()],
+    }
+    stages = list(timed)
+    if "baseline" in report:
+        stages.append("reference")
+        series["engine"].append(report["baseline"]["p50_ms"])
+        series["floor of this machine"].append(0.0)
+    plot_stages(path, stages, series, f"{report['machine']['device']}, {report['dtype']}")

@@ -1,0 +1,91 @@
+"""``pi0-engine env``: what would run here, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from pi0_engine.commands.options import Backend, Dtype, print_json
+from pi0_engine.engine.runtime import resolve_device, resolve_dtype
+from pi0_engine.images import FramePreprocessor
+from pi0_engine.kernels.gemm import cpu_computes_bfloat16
+from pi0_engine.kernels.registry import select_ops
+
+_OPTIONAL = {
+    "triton": "gpu",
+    "cuda-python": "gpu",
+    "nvtx": "gpu",
+    "flash-attn": "flash-attn",
+    "tensorstore": "jax",
+    "websockets": "serve",
+    "matplotlib": "plot",
+}
+
+
+@dataclass(frozen=True)
+class Env:
+    """Show versions, devices, and which implementation of every part would run here, with the reason."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """The device to answer for."""
+    dtype: Dtype = "auto"
+    backend: Backend = "auto"
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def run(self) -> int:
+        report = self._report()
+        if self.json:
+            print_json(report)
+            return 0
+        for section, entries in report.items():
+            print(section)
+            width = max(len(name) for name in entries)
+            for name, value in entries.items():
+                print(f"  {name.ljust(width)}  {value}")
+        return 0
+
+    def _report(self) -> dict[str, dict[str, Any]]:
+        device = resolve_device(self.device)
+        dtype, why = resolve_dtype(self.dtype, device)
+        frames = FramePreprocessor()
+        widened = device.type == "cpu" and dtype == torch.bfloat16 and not cpu_computes_bfloat16()
+        arithmetic = "float32 per call: this processor only emulates bfloat16" if widened else "in the dtype"
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {
+            "versions": {
+                "pi0-engine": importlib.metadata.version("pi0-engine"),
+                "python": f"{platform.python_version()} ({sys.executable})",
+                "torch": torch.__version__,
+                "numpy": importlib.metadata.version("numpy"),
+            },
+            "machine": {
+                "system": platform.platform(),
+                "threads": torch.get_num_threads(),
+                "GPUs": ", ".join(gpus) or f"none that torch {torch.__version__} sees",
+            },
+            "engine": {
+                "device": str(device),
+                "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
+                "matrix products": arithmetic,
+                "frames": f"{frames.implementation}: {frames.reason}",
+            },
+            "ops": {
+                choice.op: f"{choice.implementation}: {choice.reason}"
+                for choice in select_ops(self.backend, device).choices
+            },
+            "optional packages": {name: _installed(name, extra) for name, extra in _OPTIONAL.items()},
+        }
+
+
+def _installed(name: str, extra: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed (pip install 'pi0-engine[{extra}]')"

@@ -1,0 +1,76 @@
+"""Pictures for people: an action chunk per joint, a benchmark per stage. Needs matplotlib (extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = 4
+
+
+def plot_chunk(
+    path: str | Path,
+    chunks: NDArray[np.floating[Any]],
+    title: str,
+    frames: Mapping[str, NDArray[np.uint8]] | None = None,
+) -> None:
+    """Draw every action dimension over the chunk, all candidate chunks in one picture.
+
+    Args:
+        path: .png, .svg or .pdf to write.
+        chunks: [H, A] or [samples, H, A], in robot units.
+        title: above the picture.
+        frames: camera images to show on top, uint8 [H, W, 3] by name.
+    """
+    chunks = chunks[None] if chunks.ndim == 2 else chunks
+    samples, horizon, dims = chunks.shape
+    rows, frames = -(-dims // _COLUMNS), frames or {}
+    figure = _figure(figsize=(11, 1.6 * rows + (2.6 if frames else 0) + 0.8))
+    bands = figure.subfigures(2, 1, height_ratios=(2.6, 1.6 * rows)) if frames else (None, figure)
+    if frames:
+        for axis, (name, frame) in zip(np.atleast_1d(bands[0].subplots(1, len(frames))), frames.items(), strict=True):
+            axis.imshow(frame)
+            axis.set_title(name, fontsize=9)
+            axis.axis("off")
+    axes = np.atleast_1d(bands[1].subplots(rows, min(dims, _COLUMNS), sharex=True, squeeze=False)).ravel()
+    for dim, axis in enumerate(axes):
+        if dim >= dims:
+            axis.axis("off")
+            continue
+        axis.plot(np.arange(horizon), chunks[:, :, dim].T, linewidth=1.2, alpha=1.0 if samples == 1 else 0.6)
+        axis.set_title(f"action {dim}", fontsize=8, pad=2)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def plot_stages(path: str | Path, stages: Sequence[str], series: Mapping[str, Sequence[float]], title: str) -> None:
+    """Bars of milliseconds per stage, one colour per series (engine, floor, reference)."""
+    figure = _figure(figsize=(8, 4))
+    axis = figure.subplots()
+    x = np.arange(len(stages))
+    for index, (name, values) in enumerate(series.items()):
+        bars = axis.bar(x + 0.8 * (index + 0.5) / len(series) - 0.4, values, 0.8 / len(series), label=name)
+        axis.bar_label(bars, fmt="%.3g", fontsize=8)
+    axis.set_xticks(x, stages)
+    axis.set_ylabel("milliseconds")
+    axis.set_title(title, fontsize=10)
+    axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _figure(figsize: tuple[float, float]) -> Figure:
+    """A figure without pyplot, so that no display is needed and no global state is touched."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: pip install 'pi0-engine[plot]'") from None
+    return Figure(figsize=figsize, layout="constrained")

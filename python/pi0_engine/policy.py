@@ -1,0 +1,211 @@
+"""``Pi0Policy``: a robot's observation in, a chunk of its actions out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from pi0_engine.checkpoint import Checkpoint, open_checkpoint
+from pi0_engine.config import EngineConfig, Pi0Config
+from pi0_engine.engine.runtime import Engine
+from pi0_engine.images import FramePreprocessor
+from pi0_engine.normalization import NormStats, load_norm_stats
+from pi0_engine.robots import Robot, get_robot
+from pi0_engine.tokenizer import load_tokenizer
+from pi0_engine.tokenizer_files import find_tokenizer
+from pi0_engine.transforms import ObservationTransform
+
+Observation = Mapping[str, Any]
+
+
+class SubtaskPlanner:
+    """Turns a high-level policy into instructions at its own, lower rate.
+
+    Args:
+        plan: observation -> instruction; for example a vision-language model that picks the next subtask.
+        period_s: how long an instruction stays in force, in seconds.
+    """
+
+    def __init__(self, plan: Callable[[Observation], str], period_s: float = 1.0) -> None:
+        if not period_s >= 0:
+            raise ValueError(f"period_s is {period_s}, expected seconds, 0 or more")
+        self._plan, self._period_s = plan, period_s
+        self.reset()
+
+    def reset(self) -> None:
+        """Ask anew at the next observation."""
+        self._instruction: str | None = None
+        self._asked_at = 0.0
+
+    def instruction(self, observation: Observation) -> str:
+        """The instruction in force; asks ``plan`` when the last answer is older than the period."""
+        now = time.monotonic()
+        if self._instruction is None or now - self._asked_at >= self._period_s:
+            self._instruction, self._asked_at = self._plan(observation), now
+        return self._instruction
+
+
+class Pi0Policy:
+    """A checkpoint on an engine, behind one robot's observations and actions.
+
+    Most users build it with :meth:`from_checkpoint`.
+
+    Args:
+        engine: runs the network.
+        transform: between the robot and the network; its config gives the action horizon.
+        subtask: gives the instruction where a call and its observation's robot leave it to a planner.
+        seed: of the noise that starts each chunk; None draws one from the operating system.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        transform: ObservationTransform,
+        *,
+        subtask: SubtaskPlanner | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.engine, self.transform, self.subtask = engine, transform, subtask
+        self._rng = np.random.default_rng(seed)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source: str | Path | Checkpoint,
+        *,
+        robot: str | Path | Robot,
+        config: Pi0Config | None = None,
+        revision: str | None = None,
+        engine: EngineConfig | None = None,
+        tokenizer: str | Path | None = None,
+        norm_stats: str | Path | NormStats | None = None,
+        asset_id: str | None = None,
+        subtask: SubtaskPlanner | None = None,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> Pi0Policy:
+        """Load everything a robot needs.
+
+        Args:
+            source: checkpoint directory or file, a Hugging Face Hub id (docs/checkpoints.md), or an opened checkpoint.
+            robot: ``"aloha"``, ``"droid"``, ``"libero"``, ..., or a declaration file (docs/robots.md).
+            config: the model, where the checkpoint does not say or says wrong.
+            revision: of a Hub id.
+            engine: device, dtype and backend.
+            tokenizer: sentencepiece ``.model`` or ``tokenizer.json``; None looks beside the checkpoint and in caches.
+            norm_stats: statistics, or where to find them; None looks in the checkpoint.
+            asset_id: which of the checkpoint's statistics, where it has several.
+            progress: show a bar while loading.
+
+        Raises:
+            ValueError: anything missing, unexpected or inconsistent, named.
+        """
+        declared = get_robot(robot)
+        if isinstance(source, Checkpoint):
+            checkpoint = source
+        else:
+            checkpoint = open_checkpoint(source, config=config, revision=revision)
+        model = checkpoint.config if config is not None else declared.configure(checkpoint.config)
+        if not isinstance(norm_stats, NormStats):
+            norm_stats = load_norm_stats(norm_stats or checkpoint.path, model, asset_id=asset_id)
+        transform = ObservationTransform(
+            robot=declared,
+            stats=norm_stats,
+            tokenizer=load_tokenizer(tokenizer or find_tokenizer(checkpoint.path), model),
+            config=model,
+            preprocess_frames=FramePreprocessor(size=model.vision.image_size),
+        )
+        return cls(Engine(checkpoint, engine, progress=progress), transform, subtask=subtask, seed=seed)
+
+    @property
+    def config(self) -> Pi0Config:
+        return self.transform.config
+
+    def reset(self) -> None:
+        """Begin a new episode: the subtask planner is asked anew."""
+        if self.subtask is not None:
+            self.subtask.reset()
+
+    def infer(
+        self,
+        observation: Observation | Sequence[Observation],
+        *,
+        prompt: str | None = None,
+        noise: ArrayLike | None = None,
+        seed: int | None = None,
+        num_samples: int = 1,
+        num_steps: int | None = None,
+    ) -> dict[str, Any]:
+        """Answer an observation, or a list of B of them, with action chunks.
+
+        Args:
+            observation: as the robot's declaration says. Not modified.
+            prompt: the instruction; it may change with every call, which costs a table look-up. None takes the
+                subtask planner's, else the observation's, else the robot's default.
+            noise: where each chunk starts, float [H, action_dim] (with several samples or observations
+                [num_samples, H, action_dim] or [B, num_samples, H, action_dim]); its H sets the horizon.
+            seed: draws the noise reproducibly, in place of ``noise``.
+            num_samples: candidate chunks per observation; they share its prefix, so further ones are cheap.
+            num_steps: Euler flow steps; None takes the checkpoint's (10).
+
+        Returns:
+            ``actions``: float32 [H, A] in robot units, with a leading axis of samples if ``num_samples`` > 1, and
+            before it one of observations if a list was given. ``state``: float32 [S] (or [B, S]), as the robot sent
+            it. ``policy_timing``: milliseconds, ``infer_ms`` in all and each stage.
+
+        Raises:
+            ValueError: an observation, prompt or noise that cannot be used, named.
+        """
+        started = time.perf_counter()
+        single = isinstance(observation, Mapping)
+        if prompt is None and self.subtask is not None:
+            if not isinstance(observation, Mapping):
+                raise ValueError("a subtask planner serves one robot: got a batch of observations; give prompt=")
+            prompt = self.subtask.instruction(observation)
+        inputs, context = self.transform.prepare(observation, prompt=prompt)
+        start = self._noise(noise, seed, inputs.batch, num_samples)
+        prepared = time.perf_counter()
+        with self._lock:  # the engine's buffers serve one inference at a time
+            result = self.engine.infer(inputs, start, num_steps=num_steps)
+        computed = time.perf_counter()
+        actions = self.transform.finish(result.actions.numpy(), context)
+        if num_samples == 1:
+            actions = actions[:, 0]
+        state = context.robot_state.astype(np.float32)
+        timing = {f"{stage}_ms": 1e3 * seconds for stage, seconds in result.seconds.items()}
+        timing["prepare_ms"] = 1e3 * (prepared - started)
+        timing["finish_ms"] = 1e3 * (time.perf_counter() - computed)
+        timing["infer_ms"] = 1e3 * (time.perf_counter() - started)
+        return {
+            "actions": actions[0] if single else actions,
+            "state": state[0] if single else state,
+            "policy_timing": timing,
+        }
+
+    def _noise(self, noise: ArrayLike | None, seed: int | None, batch: int, num_samples: int) -> torch.Tensor:
+        """float32 [B, samples, H, action_dim], given or drawn."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
+        width = self.config.action_dim
+        if noise is None:
+            rng = self._rng if seed is None else np.random.default_rng(seed)
+            drawn = rng.standard_normal((batch, num_samples, self.config.action_horizon, width), dtype=np.float32)
+            return torch.from_numpy(drawn)
+        if seed is not None:
+            raise ValueError("both noise and seed are given, expected at most one")
+        given: NDArray[np.float32] = np.array(noise, dtype=np.float32)
+        shaped = given.reshape((1,) * (4 - given.ndim) + given.shape) if given.ndim < 4 else given
+        if shaped.ndim != 4 or shaped.shape[:2] != (batch, num_samples) or shaped.shape[3] != width:
+            raise ValueError(
+                f"noise has shape {list(given.shape)}, expected [{batch}, {num_samples}, horizon, {width}] "
+                "(leading axes of length 1 may be left out)"
+            )
+        return torch.from_numpy(shaped)
