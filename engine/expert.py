@@ -22,9 +22,7 @@ def encode_state(
     lengths = space.masked(space.cache_lengths)
     for index, w in enumerate(layers):
         k, v = space["cache_k"][index], space["cache_v"][index]
-        ops.rmsnorm_qkv_rope(
-            x, w.qkv, None, None, space.rope_table, space.state_positions, q=q, k=k[:, :1], v=v[:, :1]
-        )
+        ops.rmsnorm_qkv_rope(x, w.qkv, None, None, space.rope_table, space.state_positions, q=q, k=k[:, :1], v=v[:, :1])
         if index == len(layers) - 1:
             return
         ops.prefix_attention(q, k, v, lengths, config.head_dim, out=mixed)
@@ -48,9 +46,7 @@ def expert_layer(
     """One layer over the action tokens, in place on ``suffix_x`` [N, H, W]: five ops."""
     x, q, mixed, hidden = (space[name] for name in ("suffix_x", "suffix_q", "suffix_mixed", "suffix_hidden"))
     k, v, norm1, norm2 = space["suffix_k"], space["suffix_v"], terms.input_norms[index], terms.mlp_norms[index]
-    ops.rmsnorm_qkv_rope(
-        x, w.qkv, norm1.scale, norm1.shift, space.rope_table, space.suffix_positions, q=q, k=k, v=v
-    )
+    ops.rmsnorm_qkv_rope(x, w.qkv, norm1.scale, norm1.shift, space.rope_table, space.suffix_positions, q=q, k=k, v=v)
     prefix_k, prefix_v = space["cache_k"][index], space["cache_v"][index]
     lengths = space.masked(space.cache_lengths)
     ops.suffix_attention(q, prefix_k, prefix_v, k, v, lengths, config.head_dim, out=mixed)

@@ -90,9 +90,7 @@ class Weights:
         return sum(_nbytes(part) for part in (self.vision, self.llm, self.expert, self.action))
 
 
-def pack_weights(
-    source: TensorSource, dtype: torch.dtype, device: torch.device, *, progress: bool = False
-) -> Weights:
+def pack_weights(source: TensorSource, dtype: torch.dtype, device: torch.device, *, progress: bool = False) -> Weights:
     """Read, fold and pack every tensor that sampling needs, a few layers at a time.
 
     Host memory beyond the packed weights stays at the tensors in flight: one layer per thread.

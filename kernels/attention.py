@@ -36,9 +36,7 @@ def _cache_attention_cost(
 
 
 @op(cost=_cache_attention_cost)
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, head_dim: int, *, out: Tensor
-) -> None:
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, head_dim: int, *, out: Tensor) -> None:
     """Every query sees the first ``lengths[b]`` keys. q, out [B, n, heads * hd]; k, v [B, m, kv_heads * hd]."""
     out.copy_(_grouped_attention(q, k, v, _length_mask(lengths, k.shape[1], 0), head_dim))
 

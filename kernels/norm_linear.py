@@ -107,7 +107,7 @@ def rmsnorm_geglu(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor
     """out [..., F] = gelu_tanh(normed @ gate^T) * (normed @ up^T), where ``weight`` [2F, K] stacks gate, then up."""
     normed = rms_normalize(x, scale, shift).to(weight.dtype)
     gate, up = gemm(normed, weight).chunk(2, dim=-1)
-    out.copy_(F.gelu(gate, approximate="tanh").mul_(up))
+    torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
 
 
 def _rmsnorm_linear_euler_cost(

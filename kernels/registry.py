@@ -79,7 +79,9 @@ class Ops:
         try:
             return self.__dict__["_functions"][name]
         except KeyError:
-            raise AttributeError(f"there is no op {name!r}; the ops are {sorted(self.__dict__['_functions'])}") from None
+            raise AttributeError(
+                f"there is no op {name!r}; the ops are {sorted(self.__dict__['_functions'])}"
+            ) from None
 
 
 def all_ops() -> Mapping[str, Op]:

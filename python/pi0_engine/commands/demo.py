@@ -64,7 +64,9 @@ class Demo:
         actions, state, timing = reply["actions"], reply["state"], reply["policy_timing"]
         print(f'instruction  "{self.prompt}"')
         print(f"observation  {len(frames)} frames of {frames['cam_high'].shape[1::-1]} pixels, {state.size} joints")
-        print(f"chunk        {actions.shape[-2]} actions of {actions.shape[-1]} joints, {self.num_samples} candidates\n")
+        print(
+            f"chunk        {actions.shape[-2]} actions of {actions.shape[-1]} joints, {self.num_samples} candidates\n"
+        )
         print(table(["stage", "ms"], [[name.removesuffix("_ms"), f"{ms:.2f}"] for name, ms in timing.items()]))
         difference = self._against_reference(policy, checkpoint, observation)
         print(f"\nparity       relative L2 {difference.rel_l2:.1e} against the float32 reference")

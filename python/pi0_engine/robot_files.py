@@ -1,0 +1,210 @@
+"""Robots from YAML or JSON: a strict schema, so that a mistyped key is an error and not a default (docs/robots.md)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from pi0_engine.config import ModelType
+from pi0_engine.robots import AlohaGripper, Camera, RangeMap, Robot, StateMap, StatePart, bool_mask
+
+_FOLDER = Path(__file__).with_name("data") / "robots"
+
+#: openpi's config names -> built-in robots with the same inputs and outputs.
+OPENPI_NAMES = {
+    "pi0_aloha": "aloha",
+    "pi05_aloha": "aloha",
+    "pi0_aloha_sim": "aloha_sim",
+    "pi0_droid": "droid",
+    "pi05_droid": "droid",
+    "pi0_libero": "libero_delta",
+    "pi05_libero": "libero",
+}
+
+
+def robot_names() -> tuple[str, ...]:
+    """The built-in robots."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+def load_robot(source: str | Path) -> Robot:
+    """A robot by built-in name, openpi config name, or file. Raises ValueError naming the key and the file."""
+    path = _locate(source)
+    data = _merged(path, [])
+    try:
+        return _robot(_Section(data, "", path))
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _locate(source: str | Path) -> Path:
+    name = OPENPI_NAMES.get(str(source), str(source))
+    if name in robot_names():
+        return _FOLDER / f"{name}.yaml"
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if path.is_file():
+            return path
+        raise ValueError(f"robot file {path} does not exist")
+    known = [*robot_names(), *OPENPI_NAMES]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"robot {name!r} is none of {known}, nor a .yaml or .json file{hint}")
+
+
+def _merged(path: Path, above: list[Path]) -> dict[str, Any]:
+    """The file's content over that of the robot it ``extends``; ``state`` and ``actions`` are merged key by key."""
+    if path.resolve() in above:
+        raise ValueError(f"{path} extends itself")
+    try:
+        data = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, expected keys and values")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return {"name": path.stem, **data}
+    beside = path.parent / str(parent)
+    base = _merged(beside if beside.is_file() else _locate(str(parent)), [*above, path.resolve()])
+    for section in ("state", "actions"):
+        if isinstance(base.get(section), dict) and isinstance(data.get(section), dict):
+            data[section] = {**base[section], **data[section]}
+    return {**base, "name": path.stem, **data}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML (of which JSON is a part) in which a repeated key is an error."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    keys = [loader.construct_object(key, deep=True) for key in plain]
+    repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise yaml.constructor.ConstructorError(None, None, f"repeated keys {repeated}", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+Kinds = type | tuple[type, ...]
+_KIND_NAMES = {
+    dict: "keys with values", list: "a list", str: "text", int: "a whole number", float: "a number",
+    bool: "true or false", type(None): "null",
+}  # fmt: skip
+
+
+class _Section:
+    """Part of a file, read key by key; :meth:`done` refuses keys that nobody asked for."""
+
+    def __init__(self, data: Any, name: str, path: Path) -> None:
+        self.name, self.path, self._asked = name, path, set[str]()
+        self.data: dict[str, Any] = self._typed(data, dict, name or "the file")
+
+    def _typed(self, value: Any, kinds: Kinds, key: str) -> Any:
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        # bool is an int in Python, never in a declaration.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+            raise ValueError(f"{self.path}: {key} is {value!r}, expected {expected}")
+        return value
+
+    def key(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def get(self, name: str, kinds: Kinds, default: Any = ...) -> Any:
+        """The value of a key, of one type; without a default the key must be there."""
+        self._asked.add(name)
+        if name in self.data:
+            return self._typed(self.data[name], kinds, self.key(name))
+        if default is ...:
+            raise ValueError(f"{self.path}: {self.key(name)} is missing")
+        return default
+
+    def items(self, name: str, kinds: Kinds, default: Any = ...) -> tuple[Any, ...]:
+        """A list whose entries have one type."""
+        values = self.get(name, list, default)
+        return tuple(self._typed(v, kinds, f"{self.key(name)}[{i}]") for i, v in enumerate(values))
+
+    def section(self, name: str, data: Any = ...) -> _Section:
+        return _Section(self.get(name, dict) if data is ... else data, self.key(name), self.path)
+
+    def done(self) -> None:
+        unknown = sorted(map(str, set(self.data) - self._asked))
+        if unknown:
+            where = f" in {self.name}" if self.name else ""
+            raise ValueError(f"{self.path}: unknown keys {unknown}{where}, expected some of {sorted(self._asked)}")
+
+
+def _robot(root: _Section) -> Robot:
+    cameras = root.section("cameras")
+    frames = tuple(_camera(key, cameras.section(str(key), value)) for key, value in cameras.data.items())
+    fed = list(dict.fromkeys(camera.slot for camera in frames if camera.slot is not None))
+    state, actions = root.section("state"), root.section("actions")
+    keys = state.section("keys")
+    robot = Robot(
+        name=root.get("name", str),
+        cameras=frames,
+        state=tuple(StatePart(str(key), keys.get(key, int)) for key in keys.data),
+        action_dim=actions.get("dim", int),
+        slots=root.items("slots", str, fed),
+        state_maps=tuple(_map(state.section(f"maps[{i}]", m)) for i, m in enumerate(state.items("maps", dict, []))),
+        action_maps=tuple(_action_map(actions, i, m) for i, m in enumerate(actions.items("maps", dict, []))),
+        delta_mask=bool_mask(actions.items("delta", int, [])),
+        prompt=root.get("prompt", (str, type(None)), None),
+        prompt_key=root.get("prompt_key", str, "prompt"),
+        action_horizon=_horizons(root.get("action_horizon", (int, dict), {}), root),
+        discrete_state_input=root.get("discrete_state_input", (bool, type(None)), None),
+    )
+    for section in (root, state, actions):
+        section.done()
+    return robot
+
+
+def _camera(key: Any, section: _Section) -> Camera:
+    camera = Camera(
+        key=str(key),
+        slot=section.get("slot", (str, type(None))),
+        required=section.get("required", bool, section.data.get("slot") is not None),
+        layout=section.get("layout", str, "hwc"),
+    )
+    section.done()
+    return camera
+
+
+def _map(section: _Section) -> StateMap:
+    dims = section.items("dims", int)
+    if section.get("kind", str, "range") == "aloha_gripper":
+        section.done()
+        return AlohaGripper(dims)
+    if section.data.get("kind", "range") != "range":
+        where = f"{section.path}: {section.key('kind')}"
+        raise ValueError(f"{where} is {section.data['kind']!r}, expected 'range' or 'aloha_gripper'")
+    robot, model = section.items("robot", (int, float)), section.items("model", (int, float))
+    section.done()
+    return RangeMap(dims, robot, model)  # which checks the lengths itself
+
+
+def _action_map(actions: _Section, index: int, data: Any) -> RangeMap:
+    section = actions.section(f"maps[{index}]", data)
+    result = _map(section)
+    if not isinstance(result, RangeMap):
+        raise ValueError(f"{section.path}: {section.key('kind')} maps the state only, expected 'range' for actions")
+    return result
+
+
+def _horizons(value: int | Mapping[Any, Any], root: _Section) -> dict[ModelType, int]:
+    if isinstance(value, int):
+        return {model_type: value for model_type in get_args(ModelType)}
+    section = root.section("action_horizon", value)
+    horizons = {key: section.get(key, int) for key in get_args(ModelType) if key in section.data}
+    section.done()
+    return horizons

@@ -1,0 +1,211 @@
+"""Observations to network inputs, and the network's actions back to robot units.
+
+In:  instruction -> robot maps -> normalise -> resize -> tokenise -> zero-pad the state.
+Out: un-normalise -> drop the padding -> add the state to relative actions -> robot maps.
+The order is that of openpi's transforms (``policies/policy_config.py``, ``training/config.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from pi0_engine.config import Pi0Config
+from pi0_engine.images import FramePreprocessor
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.normalization import NormStats
+from pi0_engine.observation import Observation, read_observation
+from pi0_engine.robots import Robot
+from pi0_engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What :meth:`ObservationTransform.finish` needs of the observations the actions answer.
+
+    Attributes:
+        robot_state: float64 [B, state_dim], as the robots sent it.
+        state: float64 [B, state_dim], in model units, not normalised: what relative actions are relative to.
+        prompts: the B instructions in force.
+    """
+
+    robot_state: NDArray[np.float64]
+    state: FloatArray
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ObservationTransform:
+    """Between one kind of robot and one checkpoint.
+
+    Args:
+        robot: its declaration.
+        stats: the checkpoint's normalisation.
+        tokenizer: made for ``config``.
+        config: the model.
+        preprocess_frames: resizes to ``config.vision.image_size``.
+        pad_prompt_state: whether π0.5's prompt holds the state padded to ``action_dim``. openpi and lerobot from 0.5
+            put the real dimensions there; lerobot 0.4 trained with the padded ones, and its files do not say so.
+
+    Raises:
+        ValueError: parts that do not fit each other, among them a delta mask other than the checkpoint's.
+    """
+
+    robot: Robot
+    stats: NormStats
+    tokenizer: Tokenizer
+    config: Pi0Config
+    preprocess_frames: FramePreprocessor
+    pad_prompt_state: bool = False
+
+    def __post_init__(self) -> None:
+        robot, config = self.robot, self.config
+        for name, dims in (("state", robot.state_dim), ("actions", robot.action_dim)):
+            given = f"robot {robot.name!r}: {name} with {dims} dimensions"
+            if dims > config.action_dim:
+                raise ValueError(f"{given}, but the model takes at most {config.action_dim}")
+            normalizer = getattr(self.stats, name)
+            if normalizer.mode != "identity" and normalizer.dims < dims:
+                raise ValueError(f"{given}, but {self.stats.source} covers {normalizer.dims}: it is of another robot")
+            if dims < normalizer.dims < config.action_dim:
+                # Files padded to the model's width are usual; anything between is suspicious.
+                logger.warning("%s, but %s covers %d: is it this robot's?", given, self.stats.source, normalizer.dims)
+        if self.tokenizer.config != config:
+            raise ValueError("the tokenizer was made for another config than the transform")
+        if self.preprocess_frames.size != config.vision.image_size:
+            size = self.preprocess_frames.size
+            raise ValueError(f"frames are resized to {size} pixels, the model takes {config.vision.image_size}")
+        if self.stats.delta_mask is not None:
+            declared = np.flatnonzero(robot.delta_mask).tolist()
+            trained = np.flatnonzero(self.stats.delta_mask).tolist()
+            if declared != trained:
+                raise ValueError(
+                    f"robot {robot.name!r} takes actions {declared} as relative to the state, but {self.stats.source} "
+                    f"says {trained}: correct 'delta' in the robot's declaration"
+                )
+
+    def prepare(
+        self,
+        observations: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        prompt: str | bytes | None = None,
+    ) -> tuple[ModelInputs, Context]:
+        """One observation, or a batch of B.
+
+        Args:
+            observations: one dict, or a list of them (docs/robots.md says what they hold). Not modified.
+            prompt: an instruction that takes precedence over those in the observations.
+
+        Returns:
+            Inputs with batch B (1 for a single dict), and the context that :meth:`finish` asks for. The pixels of an
+            absent camera are zeros under a False mask; they are never read.
+
+        Raises:
+            ValueError: see :func:`pi0_engine.observation.read_observation`; in a batch the message says which one.
+        """
+        if isinstance(observations, Mapping):
+            read = [read_observation(observations, self.robot, prompt)]
+        else:
+            read = self._read_batch(observations, prompt)
+        robot_state = np.stack([observation.state for observation in read])
+        state = self.robot.state_to_model(robot_state)
+        normalized = self.stats.state.normalize(state)
+        images, image_masks = self._images(read)
+        tokens, token_mask = self._tokens(read, normalized)
+        inputs = ModelInputs(
+            images=torch.from_numpy(images),
+            image_masks=torch.from_numpy(image_masks),
+            tokens=torch.from_numpy(tokens),
+            token_mask=torch.from_numpy(token_mask),
+            state=torch.from_numpy(self._pad(normalized)),
+        )
+        return inputs, Context(robot_state, state, tuple(observation.prompt for observation in read))
+
+    def finish(self, actions: ArrayLike, context: Context) -> NDArray[np.float32]:
+        """The network's actions in the robot's units.
+
+        Args:
+            actions: float [B, ..., H, action_dim] as the network gives them; axes between B and H, e.g. several
+                candidate chunks, are kept.
+            context: of the same B observations.
+
+        Returns:
+            float32 [B, ..., H, robot.action_dim].
+
+        Raises:
+            ValueError: another shape than the context's, or actions that are not finite.
+        """
+        values = np.asarray(actions)
+        batch, width = context.state.shape[0], self.config.action_dim
+        if values.ndim < 3 or values.shape[0] != batch or values.shape[-1] != width:
+            raise ValueError(f"actions have shape {list(values.shape)}, expected [{batch}, ..., H, {width}]")
+        if not np.isfinite(values).all():
+            raise ValueError("the network's actions contain NaN or infinity")
+        model_units = self.stats.actions.unnormalize(values)[..., : self.robot.action_dim]
+        return self.robot.actions_to_robot(model_units, _per_chunk(context.state, values.ndim)).astype(np.float32)
+
+    def encode_actions(self, actions: ArrayLike, context: Context) -> NDArray[np.float32]:
+        """Robot units to network units, the inverse of :meth:`finish`: for training and for continuing a chunk.
+
+        Args:
+            actions: float [B, ..., H, robot.action_dim].
+            context: of the observations that the actions follow.
+
+        Returns:
+            float32 [B, ..., H, action_dim], normalised and zero-padded.
+        """
+        values = np.asarray(actions, dtype=np.float64)
+        batch, width = context.state.shape[0], self.robot.action_dim
+        if values.ndim < 3 or values.shape[0] != batch or values.shape[-1] != width:
+            raise ValueError(f"actions have shape {list(values.shape)}, expected [{batch}, ..., H, {width}]")
+        model_units = self.robot.actions_to_model(values, _per_chunk(context.state, values.ndim))
+        return self._pad(self.stats.actions.normalize(model_units))
+
+    def _read_batch(self, batch: Sequence[Mapping[str, Any]], prompt: str | bytes | None) -> list[Observation]:
+        if len(batch) == 0:
+            raise ValueError("the batch of observations is empty, expected at least one")
+        read = []
+        for index, observation in enumerate(batch):
+            try:
+                read.append(read_observation(observation, self.robot, prompt))
+            except ValueError as error:
+                raise ValueError(f"observation {index}: {error}") from error
+        return read
+
+    def _images(self, read: list[Observation]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        size, slots = self.config.vision.image_size, self.robot.slots
+        masks = np.array([[slot in observation.frames for slot in slots] for observation in read])
+        frames = [o.frames[slot] for o in read for slot in slots if slot in o.frames]
+        images = np.zeros((*masks.shape, size, size, 3), np.float32)
+        if masks.all():
+            self.preprocess_frames(frames, out=images.reshape(-1, size, size, 3))
+        elif frames:
+            images[masks] = self.preprocess_frames(frames)
+        return images, masks
+
+    def _tokens(self, read: list[Observation], state: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        in_prompt = self._pad(state) if self.pad_prompt_state else state
+        encoded = [
+            self.tokenizer.encode_prompt(observation.prompt, row)
+            for observation, row in zip(read, in_prompt, strict=True)
+        ]
+        return np.stack([ids for ids, _ in encoded]), np.stack([mask for _, mask in encoded])
+
+    def _pad(self, values: FloatArray) -> NDArray[np.float32]:
+        out = np.zeros((*values.shape[:-1], self.config.action_dim), np.float32)
+        out[..., : values.shape[-1]] = values
+        return out
+
+
+def _per_chunk(state: FloatArray, ndim: int) -> FloatArray:
+    """State [B, D] -> [B, 1, ..., D], to go with actions of ``ndim`` axes [B, ..., H, A]."""
+    return state.reshape(state.shape[0], *[1] * (ndim - 3), state.shape[1])
