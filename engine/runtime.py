@@ -1,4 +1,4 @@
-"""``Engine``: weights, ops and buffers tied together. ``__init__`` reads as the boot sequence, ``infer`` as the model."""
+"""``Engine``: weights, ops and buffers tied together. ``__init__`` is the boot sequence, ``infer`` one inference."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ Folding is exact algebra, done in float32 and rounded once: a norm's weight goes
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
-from typing import Protocol
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def pack_weights(source: TensorSource, dtype: torch.dtype, device: torch.device,
         llm = [pool.submit(pack.decoder_layer, f"llm.layers.{i}", True, i == depth - 1) for i in range(depth)]
         expert = [pool.submit(pack.decoder_layer, f"expert.layers.{i}", fold, False) for i in range(depth)]
         action = pool.submit(pack.action)
-        parts = [ends, *vision, *llm, *expert, action]
+        parts: list[Future[Any]] = [ends, *vision, *llm, *expert, action]
         try:
             for part in tqdm(as_completed(parts), "packing weights", len(parts), disable=not progress, leave=False):
                 part.result()
@@ -213,4 +213,5 @@ def _nbytes(part: object) -> int:
         return sum(_nbytes(item) for item in part)
     if part is None:
         return 0
-    return sum(_nbytes(getattr(part, f.name)) for f in fields(part))  # type: ignore[arg-type]
+    assert is_dataclass(part)
+    return sum(_nbytes(getattr(part, f.name)) for f in fields(part))

@@ -83,7 +83,7 @@ def suffix_attention(
 
 
 def _length_mask(lengths: Tensor | None, rows: int, always: int) -> Tensor | None:
-    """Bool [B, rows + always]: the first ``lengths[b]`` of ``rows`` keys, and all of the ``always`` keys behind them."""
+    """Bool [B, rows + always]: the first ``lengths[b]`` of ``rows`` keys, and all ``always`` keys behind them."""
     if lengths is None:
         return None
     valid = torch.arange(rows, device=lengths.device) < lengths[:, None]

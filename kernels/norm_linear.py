@@ -120,5 +120,5 @@ def _rmsnorm_linear_euler_cost(
 def rmsnorm_linear_euler(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, *, actions: Tensor
 ) -> None:
-    """One Euler step: actions float32 [..., A] += normed @ weight [A, K]^T + bias, the step size dt folded into both."""
+    """One Euler step: actions float32 [..., A] += normed @ weight [A, K]^T + bias, with dt folded into both."""
     actions.add_(gemm(rms_normalize(x, scale, shift).to(weight.dtype), weight, bias))

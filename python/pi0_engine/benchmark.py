@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pi0_engine.cases import Difference
+from pi0_engine.cases import Difference, sample_reference
 from pi0_engine.config import CAMERA_SLOTS, EngineConfig, Pi0Config
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine, resolve_device, resolve_dtype
@@ -95,7 +95,7 @@ def run_benchmark(
         stages = engine.infer(inputs, noise, num_steps=work.num_steps).seconds
         measured.append({**stages, "total": time.perf_counter() - started})
     ceilings = measure_ceilings(engine.dtype, engine.device)
-    report = {
+    report: dict[str, Any] = {
         "machine": describe_machine(engine.device),
         "workload": {
             "model": work.config.model_type,
@@ -158,13 +158,8 @@ def _measure_reference(
     checkpoint = RandomCheckpoint(work.config, work.seed, dtype)
     model = Pi0Reference.from_tensors(work.config, checkpoint.tensor, dtype).to(device)
     inputs, noise = work.inputs()
-    arguments = [t.to(device) for t in (inputs.images, inputs.image_masks, inputs.tokens, inputs.token_mask)]
-    state, start = inputs.state.to(device), noise[0].to(device)
-
-    def sample() -> Tensor:
-        return model.sample_actions(*arguments, state, start, work.num_steps).cpu()
-
-    difference = Difference.between(engine_actions, sample())  # the warm-up as well
+    actions = sample_reference(model, inputs, noise[0], work.num_steps)  # the warm-up as well
+    difference = Difference.between(engine_actions, actions)
     if not difference.rel_l2 <= AGREEMENT[dtype]:
         raise ValueError(
             f"engine and reference disagree: relative L2 {difference.rel_l2:.2e}, expected <= {AGREEMENT[dtype]:.0e}"
@@ -172,7 +167,7 @@ def _measure_reference(
     times = []
     for _ in tqdm(range(runs), "reference", disable=not progress, leave=False):
         started = time.perf_counter()
-        sample()
+        sample_reference(model, inputs, noise[0], work.num_steps)
         times.append(time.perf_counter() - started)
     prefix = inputs.image_masks.shape[1] * work.config.vision.num_patches + work.config.token_capacity
     return {

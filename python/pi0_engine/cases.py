@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pi0_engine.config import CAMERA_SLOTS, GemmaConfig, Pi0Config, SiglipConfig
 from pi0_engine.inputs import ModelInputs
+from pi0_engine.reference import Pi0Reference
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,20 @@ def load_case(path: str | Path) -> Case:
         actions=torch.from_numpy(recorded["out_actions"]),
         config=_recorded_config(recorded),
     )
+
+
+def sample_reference(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int) -> Tensor:
+    """The reference's actions float32 [B, H, action_dim] on the CPU, for noise of that shape, on the model's device."""
+    device = model.projector.weight.device
+    return model.sample_actions(
+        inputs.images.to(device),
+        inputs.image_masks.to(device),
+        inputs.tokens.to(device),
+        inputs.token_mask.to(device),
+        inputs.state.to(device),
+        noise.to(device),
+        num_steps,
+    ).cpu()
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

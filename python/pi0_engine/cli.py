@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 for success, 1 for a failed check, 2 for input that cannot be used."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         args=arguments,
         prog="pi0-engine",
         description="Run the π0 and π0.5 robot policies: fast, and provably what openpi computes.",

@@ -60,7 +60,7 @@ class ModelInputs:
         vocab_size = config.llm.vocab_size
         assert vocab_size is not None
         used = self.tokens[self.token_mask]
-        if used.numel() and not (0 <= int(used.min()) and int(used.max()) < vocab_size):
+        if used.numel() and not (int(used.min()) >= 0 and int(used.max()) < vocab_size):
             raise ValueError(
                 f"tokens span {int(used.min())}..{int(used.max())}, the vocabulary is 0..{vocab_size - 1}: "
                 "tokenizer and checkpoint do not belong together"

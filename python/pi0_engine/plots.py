@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 _COLUMNS = 4
 
@@ -33,13 +33,15 @@ def plot_chunk(
     samples, horizon, dims = chunks.shape
     rows, frames = -(-dims // _COLUMNS), frames or {}
     figure = _figure(figsize=(11, 1.6 * rows + (2.6 if frames else 0) + 0.8))
-    bands = figure.subfigures(2, 1, height_ratios=(2.6, 1.6 * rows)) if frames else (None, figure)
+    below: FigureBase = figure
     if frames:
-        for axis, (name, frame) in zip(np.atleast_1d(bands[0].subplots(1, len(frames))), frames.items(), strict=True):
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.6, 1.6 * rows))[:, 0]
+        views = above.subplots(1, len(frames), squeeze=False)[0]
+        for axis, (name, frame) in zip(views, frames.items(), strict=True):
             axis.imshow(frame)
             axis.set_title(name, fontsize=9)
             axis.axis("off")
-    axes = np.atleast_1d(bands[1].subplots(rows, min(dims, _COLUMNS), sharex=True, squeeze=False)).ravel()
+    axes = below.subplots(rows, min(dims, _COLUMNS), sharex=True, squeeze=False).ravel()
     for dim, axis in enumerate(axes):
         if dim >= dims:
             axis.axis("off")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +114,7 @@ class Pi0Policy:
             checkpoint = source
         else:
             checkpoint = open_checkpoint(source, config=config, revision=revision)
-        model = checkpoint.config if config is not None else declared.configure(checkpoint.config)
+        model = checkpoint.config if config is not None else _configured(checkpoint, declared)
         if not isinstance(norm_stats, NormStats):
             norm_stats = load_norm_stats(norm_stats or checkpoint.path, model, asset_id=asset_id)
         transform = ObservationTransform(
@@ -209,3 +210,17 @@ class Pi0Policy:
                 "(leading axes of length 1 may be left out)"
             )
         return torch.from_numpy(shaped)
+
+
+def _configured(checkpoint: Checkpoint, robot: Robot) -> Pi0Config:
+    """The checkpoint's config, with what its files leave out taken from the robot's released checkpoints.
+
+    openpi's files say nothing about the prompt format, and only its PyTorch ones (config.json) the action horizon;
+    lerobot's say both.
+    """
+    if checkpoint.format == "lerobot":
+        return checkpoint.config
+    configured = robot.configure(checkpoint.config)
+    if (checkpoint.path / "config.json").is_file():
+        return dataclasses.replace(configured, action_horizon=checkpoint.config.action_horizon)
+    return configured

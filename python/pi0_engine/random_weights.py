@@ -21,8 +21,8 @@ from pi0_engine.config import Pi0Config
 from pi0_engine.parameters import parameter_shapes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Values drawn at a time when the result is not float32: bounds the float32 intermediate to 64 MB.
-_CHUNK_VALUES = 1 << 24
+#: Values drawn at a time when the result is not float32: the float32 intermediate is 4 MB and stays in the cache.
+_CHUNK_VALUES = 1 << 20
 
 
 def random_parameter(openpi_key: str, shape: Sequence[int], seed: int = 0) -> np.ndarray:

@@ -5,8 +5,8 @@ Read ``reference.py`` first. Plain PyTorch, nothing fused; shapes as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,9 @@ def rms_normalize(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
+
+
+Norm = RMSNorm | AdaRMSNorm
 
 
 class VisionLayer(nn.Module):
@@ -97,7 +100,7 @@ class VisionTower(nn.Module):
 class GemmaLayer(nn.Module):
     """The weights of one decoder layer. :func:`joint_layer` runs one or two of them over shared attention."""
 
-    def __init__(self, c: GemmaConfig, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, c: GemmaConfig, norm: type[Norm]) -> None:
         super().__init__()
         self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.width, c.q_dim, bias=False)
@@ -117,7 +120,7 @@ class GemmaLayer(nn.Module):
 class GemmaTower(nn.Module):
     """A stack of decoder layers; the language model also embeds tokens."""
 
-    def __init__(self, c: GemmaConfig, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, c: GemmaConfig, norm: type[Norm]) -> None:
         super().__init__()
         if c.vocab_size is not None:
             self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
@@ -172,9 +175,12 @@ def joint_layer(
     positions int [B, n] and allowed bool [B, n, m] cover the concatenated streams; m = past keys + n.
     Updates ``stream.x`` in place and returns the layer's keys and values for a cache.
     """
-    qs, ks, vs, gates = [], [], [], []
-    for s in streams:
-        layer = s.tower.layers[index]
+    layers = [cast(GemmaLayer, s.tower.layers[index]) for s in streams]
+    qs: list[Tensor] = []
+    ks: list[Tensor] = []
+    vs: list[Tensor] = []
+    gates: list[Tensor | None] = []
+    for s, layer in zip(streams, layers, strict=True):
         normed, gate = layer.input_norm(s.x, s.cond)
         for out, proj in ((qs, layer.q_proj), (ks, layer.k_proj), (vs, layer.v_proj)):
             out.append(proj(normed).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2))
@@ -185,8 +191,8 @@ def joint_layer(
         mixed = attention(q, torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), allowed)
     else:
         mixed = attention(q, k, v, allowed)
-    for s, part, gate in zip(streams, mixed.split([s.x.shape[1] for s in streams], dim=1), gates, strict=True):
-        layer = s.tower.layers[index]
+    parts = mixed.split([s.x.shape[1] for s in streams], dim=1)
+    for s, layer, part, gate in zip(streams, layers, parts, gates, strict=True):
         s.x = gated_residual(s.x, layer.o_proj(part), gate)
         normed, gate = layer.post_attention_norm(s.x, s.cond)
         s.x = gated_residual(s.x, layer.mlp(normed), gate)

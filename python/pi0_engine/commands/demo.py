@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pi0_engine.cases import Difference
+from pi0_engine.cases import Difference, sample_reference
 from pi0_engine.commands.options import Dtype, table
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.normalization import NormStats
@@ -84,9 +84,7 @@ class Demo:
             rng.standard_normal((1, 1, config.action_horizon, config.action_dim), dtype=np.float32)
         )
         reference = Pi0Reference.from_tensors(config, checkpoint.tensor)
-        expected = reference.sample_actions(
-            inputs.images, inputs.image_masks, inputs.tokens, inputs.token_mask, inputs.state, noise[0]
-        )
+        expected = sample_reference(reference, inputs, noise[0], config.num_steps)
         return Difference.between(policy.engine.infer(inputs, noise).actions[0], expected)
 
 

@@ -24,7 +24,7 @@ class Infer:
 
     Images and numbers are named by the robot's observation keys (docs/robots.md). Example:
 
-        pi0-engine infer --checkpoint lerobot/pi0_libero --robot libero --prompt "pick up the bowl" \\
+        pi0-engine infer --checkpoint CHECKPOINT --robot libero_delta --prompt "pick up the bowl" \\
             --image observation/image=base.png observation/wrist_image=wrist.png \\
             --state observation/state=0.1,0,0.3,0,0,0,0.04,-0.04 --plot chunk.png
     """

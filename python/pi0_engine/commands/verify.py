@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from pi0_engine.cases import Case, Difference, load_case
+from pi0_engine.cases import Case, Difference, load_case, sample_reference
 from pi0_engine.checkpoint import Checkpoint
 from pi0_engine.commands.options import ModelOptions, print_json, show_progress
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.runtime import Engine
+from pi0_engine.engine.runtime import Engine, resolve_device
 from pi0_engine.reference import Pi0Reference
 
 #: Relative L2 against openpi's float32 actions. float32: ours and openpi's JAX model are within 9e-6 of its PyTorch
@@ -28,7 +28,8 @@ class Verify:
     Prints relative L2, largest absolute difference, cosine and seconds. The exit status is 0 within the tolerance,
     1 beyond it, 2 if the case could not be run. Example:
 
-        pi0-engine verify --checkpoint tests/data/pi0_tiny --case tests/data/golden/pi0_tiny_c09_only_cam1_h10_s4.npz
+        pi0-engine verify --random-weights 0 --config tests/data/golden/pi0_tiny.json \\
+            --case tests/data/golden/pi0_tiny_c09_only_cam1_h10_s4.npz
     """
 
     case: str
@@ -78,14 +79,12 @@ class Verify:
     def _actions(self, case: Case, checkpoint: Checkpoint) -> tuple[torch.Tensor, float]:
         """Actions float32 [B, H, A] and the seconds that the inference took, without loading."""
         if self.backend == "reference":
-            device = torch.device(self.device)
-            model = Pi0Reference.from_tensors(checkpoint.config, checkpoint.tensor, getattr(torch, self.dtype))
-            model.to(device)
             case.inputs.validate(checkpoint.config)
-            i = case.inputs
-            arguments = [t.to(device) for t in (i.images, i.image_masks, i.tokens, i.token_mask, i.state, case.noise)]
+            dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
+            model = Pi0Reference.from_tensors(checkpoint.config, checkpoint.tensor, dtype)
+            model.to(resolve_device(self.device))
             started = time.perf_counter()
-            actions = model.sample_actions(*arguments, num_steps=case.num_steps).cpu()
+            actions = sample_reference(model, case.inputs, case.noise, case.num_steps)
             return actions, time.perf_counter() - started
         config = EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend)
         engine = Engine(checkpoint, config, progress=show_progress(self.json))

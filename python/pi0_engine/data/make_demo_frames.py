@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = (320, 240)
 OVERSAMPLING = 3
+#: Kind, corner points in fractions of the height, colour.
+Shapes = list[tuple[str, tuple[float, ...], str]]
 
 
 def table(seed: int, light: tuple[float, float]) -> Image.Image:
@@ -25,7 +27,7 @@ def table(seed: int, light: tuple[float, float]) -> Image.Image:
     return Image.fromarray((np.clip(wood, 0, 1) * 255).astype(np.uint8))
 
 
-def put(image: Image.Image, shapes: list[tuple[str, tuple[float, ...], str]], shadow: float) -> None:
+def put(image: Image.Image, shapes: Shapes, shadow: float) -> None:
     """Draw shapes given in fractions of the picture's height, each with a soft shadow first."""
     unit = image.height
     for kind, values, colour in shapes:
@@ -46,15 +48,21 @@ def draw_shape(draw: ImageDraw.ImageDraw, kind: str, points: list[float], fill: 
         getattr(draw, kind)(points, fill=fill)
 
 
-CUP = [("ellipse", (0.55, 0.42, 0.72, 0.59), "#d8d8e0"), ("ellipse", (0.57, 0.44, 0.70, 0.57), "#5b6470")]
-CUBE = [("polygon", (0.80, 0.62, 0.93, 0.60, 0.95, 0.73, 0.82, 0.75), "#b8322a")]
-LEFT = [("link", (0.02, 0.95, 0.22, 0.72, 0.40, 0.60), "#30343b"), ("link", (0.40, 0.60, 0.50, 0.54), "#8d949e")]
-RIGHT = [("link", (1.31, 0.95, 1.16, 0.74, 1.02, 0.68), "#30343b"), ("link", (1.02, 0.68, 0.96, 0.66), "#8d949e")]
-CUP_CLOSE = [("ellipse", (0.38, 0.10, 0.98, 0.62), "#d8d8e0"), ("ellipse", (0.44, 0.15, 0.92, 0.56), "#5b6470")]
-CUBE_CLOSE = [("polygon", (0.44, 0.20, 0.88, 0.16, 0.93, 0.58, 0.49, 0.63), "#b8322a")]
-FINGERS = [("polygon", (0.28, 1.0, 0.34, 0.60, 0.42, 0.60, 0.46, 1.0), "#22252a")]
+CUP: Shapes = [("ellipse", (0.55, 0.42, 0.72, 0.59), "#d8d8e0"), ("ellipse", (0.57, 0.44, 0.70, 0.57), "#5b6470")]
+CUBE: Shapes = [("polygon", (0.80, 0.62, 0.93, 0.60, 0.95, 0.73, 0.82, 0.75), "#b8322a")]
+LEFT: Shapes = [
+    ("link", (0.02, 0.95, 0.22, 0.72, 0.40, 0.60), "#30343b"),
+    ("link", (0.40, 0.60, 0.50, 0.54), "#8d949e"),
+]
+RIGHT: Shapes = [
+    ("link", (1.31, 0.95, 1.16, 0.74, 1.02, 0.68), "#30343b"),
+    ("link", (1.02, 0.68, 0.96, 0.66), "#8d949e"),
+]
+CUP_CLOSE: Shapes = [("ellipse", (0.38, 0.10, 0.98, 0.62), "#d8d8e0"), ("ellipse", (0.44, 0.15, 0.92, 0.56), "#5b6470")]
+CUBE_CLOSE: Shapes = [("polygon", (0.44, 0.20, 0.88, 0.16, 0.93, 0.58, 0.49, 0.63), "#b8322a")]
+FINGERS: Shapes = [("polygon", (0.28, 1.0, 0.34, 0.60, 0.42, 0.60, 0.46, 1.0), "#22252a")]
 FINGERS += [("polygon", (0.88, 1.0, 0.92, 0.60, 1.00, 0.60, 1.06, 1.0), "#22252a")]
-SCENES = {
+SCENES: dict[str, tuple[int, tuple[float, float], Shapes]] = {
     "cam_high": (1, (0.5, 0.3), CUP + CUBE + LEFT + RIGHT),
     "cam_left_wrist": (2, (0.3, 0.2), CUP_CLOSE + FINGERS),
     "cam_right_wrist": (3, (0.7, 0.2), CUBE_CLOSE + FINGERS),

@@ -1,0 +1,76 @@
+# `make demo` and `make test` do everything on a fresh machine, in an environment of their own (.venv).
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+TORCH := 2.13.0
+# Where torch is built without CUDA: a download of 0.2 GB instead of several.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# Code that ruff reads. mypy reads the package alone (see typecheck).
+CODE := setup.py python kernels engine benchmarks tests
+
+.PHONY: help demo test lint format typecheck clean
+
+help:  ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.plot  ## run π0 with a small model on example frames: a picture, timings, parity
+	$(BIN)/pi0-engine demo
+
+test: lint  ## lint, then all tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev typecheck  ## style and types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: $(VENV)/.dev  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# mypy does not know setup.py's mapping of three folders to one package: links show it one.
+typecheck: $(VENV)/.dev  ## types alone
+	@rm -rf build/types && mkdir -p build/types/pi0_engine
+	@ln -s "$(CURDIR)"/python/pi0_engine/* "$(CURDIR)"/kernels "$(CURDIR)"/engine build/types/pi0_engine/
+	MYPYPATH=build/types $(BIN)/mypy -p pi0_engine
+
+clean:  ## remove everything that was built, .venv too
+	rm -rf $(VENV) build dist *.egg-info demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find python kernels engine tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -f python/pi0_engine/_C*.so
+
+# --- the environment; each file stands for a step that is done ---
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.10 or newer is needed (make PYTHON=python3.12 ...)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# With an NVIDIA GPU the ordinary build of torch, otherwise the small one where its index can be reached. torch's own
+# dependencies come with the package's.
+$(VENV)/.torch: $(VENV)/.python
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "installing torch $(TORCH) with CUDA"; \
+	  $(PIP) install torch==$(TORCH); \
+	else \
+	  echo "installing torch $(TORCH) for the CPU"; \
+	  $(PIP) --quiet install --retries 2 --no-deps --index-url $(TORCH_CPU_INDEX) torch==$(TORCH) || { \
+	    echo "there is no CPU build for this system, or its index cannot be reached: installing the ordinary build"; \
+	    $(PIP) install torch==$(TORCH); }; \
+	fi
+	@touch $@
+
+# The package in editable mode with an extra: .venv/.plot, .venv/.dev. Done again when the extension changes.
+$(VENV)/.plot $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "installing pi0-engine [$*]"
+	@$(PIP) install -e '.[$*]'
+	@touch $@

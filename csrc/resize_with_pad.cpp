@@ -1,0 +1,190 @@
+#include "resize_with_pad.h"
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <thread>
+
+namespace pi0 {
+namespace {
+
+// Weights are fixed point. 32 bits hold sign and carry (2), the pixel (8) and this fraction, as in Pillow.
+constexpr int kFractionBits = 22;
+constexpr std::int32_t kOne = 1 << kFractionBits;
+constexpr std::int32_t kHalf = kOne / 2;
+
+// Each thread must have at least this many pixels (read and written) to work on. Measured on two cores of a 2.5 GHz
+// Xeon: a thread costs 35 us to start and join, and two are no faster than one below 0.8 ms of work, 200,000 pixels.
+constexpr std::int64_t kPixelsPerThread = 100'000;
+
+std::uint8_t round_to_pixel(std::int32_t sum) { return static_cast<std::uint8_t>(std::min(sum >> kFractionBits, 255)); }
+
+// One axis of the resampling: out[i] = sum over t of weights[i][t] * in[first + t].
+struct Window {
+  int first;
+  int count;
+  std::size_t weights;  // where its weights start in Axis::weights
+};
+
+struct Axis {
+  std::vector<Window> windows;  // one for each output pixel; `first` never decreases
+  std::vector<std::int32_t> weights;
+  int longest = 0;  // the largest `count`
+};
+
+// The bilinear filter is a triangle around the output pixel's centre, two input pixels wide, and widened by the
+// scale when it shrinks (antialiasing).
+Axis bilinear_axis(int input, int output) {
+  const double scale = static_cast<double>(input) / output;
+  const double reach = std::max(scale, 1.0);
+  Axis axis;
+  axis.windows.reserve(output);
+  std::vector<double> triangle;
+  for (int i = 0; i < output; ++i) {
+    const double centre = (i + 0.5) * scale;
+    int first = std::max(static_cast<int>(centre - reach + 0.5), 0);
+    const int end = std::min(static_cast<int>(centre + reach + 0.5), input);
+    triangle.clear();
+    double total = 0.0;
+    for (int x = first; x < end; ++x) {
+      triangle.push_back(std::max(1.0 - std::abs((x - centre + 0.5) / reach), 0.0));
+      total += triangle.back();
+    }
+    const std::size_t begin = axis.weights.size();
+    for (const double value : triangle) {
+      const auto weight = static_cast<std::int32_t>(0.5 + value / total * kOne);
+      if (weight == 0 && axis.weights.size() == begin) {
+        ++first;  // leading zeros only cost time
+      } else {
+        axis.weights.push_back(weight);
+      }
+    }
+    while (axis.weights.back() == 0) axis.weights.pop_back();
+    const int count = static_cast<int>(axis.weights.size() - begin);
+    axis.windows.push_back({first, count, begin});
+    axis.longest = std::max(axis.longest, count);
+  }
+  return axis;
+}
+
+// What to do for one frame, decided before any pixel is touched.
+struct Job {
+  FrameView frame;
+  float* out;  // [size, size, 3]
+  int size, height, width, top, left;
+  Axis rows, columns;
+
+  Job(const FrameView& source, int side, float* target) : frame(source), out(target), size(side) {
+    const double ratio = std::max(frame.width / static_cast<double>(side), frame.height / static_cast<double>(side));
+    height = std::max(static_cast<int>(frame.height / ratio), 1);
+    width = std::max(static_cast<int>(frame.width / ratio), 1);
+    top = (size - height) / 2;
+    left = (size - width) / 2;
+    rows = bilinear_axis(frame.height, height);
+    columns = bilinear_axis(frame.width, width);
+  }
+};
+
+// Working memory of one thread, large enough for every job, so that threads allocate nothing.
+struct Scratch {
+  std::vector<std::uint8_t> ring;  // [longest, width, 3]: the horizontally resampled rows in use
+  std::vector<std::int32_t> sums;  // [width, 3]
+
+  explicit Scratch(const std::vector<Job>& jobs) {
+    std::size_t rows = 0, length = 0;
+    for (const Job& job : jobs) {
+      rows = std::max(rows, 3 * static_cast<std::size_t>(job.width) * job.rows.longest);
+      length = std::max(length, 3 * static_cast<std::size_t>(job.width));
+    }
+    ring.resize(rows);
+    sums.resize(length);
+  }
+};
+
+// Row y of the frame [W, 3] -> out [width, 3], rounded to uint8 as Pillow does between its two passes.
+void resample_row(const FrameView& frame, int y, const Axis& columns, std::uint8_t* out) {
+  const std::uint8_t* row = frame.pixels + y * frame.row_stride;
+  const std::ptrdiff_t step = frame.column_stride, channel = frame.channel_stride;
+  if (columns.windows.size() == static_cast<std::size_t>(frame.width) && step == 3 && channel == 1) {
+    std::copy(row, row + 3 * frame.width, out);  // same width: nothing to resample
+    return;
+  }
+  for (const Window& window : columns.windows) {
+    const std::uint8_t* pixel = row + window.first * step;
+    const std::int32_t* weight = &columns.weights[window.weights];
+    std::int32_t red = kHalf, green = kHalf, blue = kHalf;
+    for (int t = 0; t < window.count; ++t, pixel += step) {
+      red += weight[t] * pixel[0];
+      green += weight[t] * pixel[channel];
+      blue += weight[t] * pixel[2 * channel];
+    }
+    *out++ = round_to_pixel(red);
+    *out++ = round_to_pixel(green);
+    *out++ = round_to_pixel(blue);
+  }
+}
+
+// Output rows [size * band / bands, ...) of one frame: the picture's rows are divided evenly, the black rows above
+// belong to the first band and those below to the last.
+void run_band(const Job& job, int band, int bands, Scratch& scratch) {
+  const std::size_t pitch = 3 * static_cast<std::size_t>(job.size);
+  const std::size_t left = 3 * static_cast<std::size_t>(job.left), length = 3 * static_cast<std::size_t>(job.width);
+  const int begin = static_cast<int>(static_cast<std::int64_t>(job.height) * band / bands);
+  const int end = static_cast<int>(static_cast<std::int64_t>(job.height) * (band + 1) / bands);
+  if (band == 0) std::fill(job.out, job.out + job.top * pitch, -1.0f);
+  if (band == bands - 1) std::fill(job.out + (job.top + job.height) * pitch, job.out + job.size * pitch, -1.0f);
+
+  int next = begin < end ? job.rows.windows[begin].first : 0;  // the next source row to resample horizontally
+  for (int y = begin; y < end; ++y) {
+    const Window& window = job.rows.windows[y];
+    for (; next < window.first + window.count; ++next) {
+      resample_row(job.frame, next, job.columns, &scratch.ring[next % job.rows.longest * length]);
+    }
+    std::int32_t* sums = scratch.sums.data();
+    std::fill(sums, sums + length, kHalf);
+    for (int t = 0; t < window.count; ++t) {
+      const std::int32_t weight = job.rows.weights[window.weights + t];
+      const std::uint8_t* row = &scratch.ring[(window.first + t) % job.rows.longest * length];
+      for (std::size_t i = 0; i < length; ++i) sums[i] += weight * row[i];
+    }
+    float* out = job.out + (job.top + y) * pitch;
+    std::fill(out, out + left, -1.0f);
+    for (std::size_t i = 0; i < length; ++i) out[left + i] = round_to_pixel(sums[i]) / 255.0f * 2.0f - 1.0f;
+    std::fill(out + left + length, out + pitch, -1.0f);
+  }
+}
+
+}  // namespace
+
+void resize_with_pad(const std::vector<FrameView>& frames, int size, float* out, int threads) {
+  const std::int64_t area = static_cast<std::int64_t>(size) * size;
+  std::vector<Job> jobs;
+  jobs.reserve(frames.size());
+  std::int64_t pixels = 0;
+  for (const FrameView& frame : frames) {
+    jobs.emplace_back(frame, size, out + 3 * area * static_cast<std::int64_t>(jobs.size()));
+    pixels += static_cast<std::int64_t>(frame.height) * frame.width + area;
+  }
+
+  // Thread i computes band i of every frame: bands are independent (each resamples the few source rows it shares
+  // with its neighbour itself), so there is nothing to wait for but the end.
+  const auto useful = std::max<std::int64_t>(pixels / kPixelsPerThread, 1);
+  const int bands = static_cast<int>(std::min<std::int64_t>(threads, useful));
+  std::vector<Scratch> scratch(bands, Scratch(jobs));
+  const auto run = [&](int band) {
+    for (const Job& job : jobs) run_band(job, band, bands, scratch[band]);
+  };
+  std::vector<std::thread> workers;
+  workers.reserve(bands - 1);
+  for (int band = 1; band < bands; ++band) {
+    try {
+      workers.emplace_back(run, band);
+    } catch (const std::exception&) {  // the system gives no more threads: do its share here
+      run(band);
+    }
+  }
+  run(0);
+  for (std::thread& worker : workers) worker.join();
+}
+
+}  // namespace pi0
