@@ -114,7 +114,7 @@ def sample_reference(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, nu
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)
     except FileNotFoundError:
         raise ValueError(f"there is no case file {path}") from None

@@ -161,33 +161,58 @@ _ARRAY_OF = {name: array for array, layout in _LAYOUTS.items() for name in layou
 _LORA_RANKS = {"llm": 16, "expert": 32}
 
 
+#: Decoded layers of one array that wait for their readers: as many as threads that each work on a layer of their own.
+_MAX_WAITING_LAYERS = 4
+
+
 class _Array:
-    """An array with its adapter, read a layer at a time; an array of several parameters keeps its last layer."""
+    """An array with its adapter, decoded a layer at a time.
+
+    Going back would mean to decode from the start. A decoded layer therefore waits until each of its parameters has
+    been read once, and so do layers passed over on the way to a later one: readers may be a few layers apart.
+    """
 
     def __init__(self, base: ZarrArray, lora: tuple[ZarrArray, ZarrArray] | None, layout: _Layout) -> None:
         self._base, self._lora, self._layout = base, lora, layout
         self._sum_heads = ".attn_vec_einsum" in base.key
-        self._last: tuple[int | None, torch.Tensor] | None = None
+        self._waiting: dict[int, tuple[torch.Tensor, set[str]]] = {}
+        self._next = 0
         self._lock = threading.Lock()
 
-    def read(self, layer: int | None, transform: Transform) -> torch.Tensor:
+    def read(self, part: str, layer: int) -> torch.Tensor:
+        """The parameter ``part`` of ``layout.parts``; an array that is not stacked is its own layer 0."""
         with self._lock:
-            if self._last is not None and self._last[0] == layer:
-                return transform(self._last[1])
-            self._last = None  # before the next layer takes its memory
-            values = _rows(self._base, layer)
-            if self._lora is not None:
-                a, b = (_rows(array, layer) for array in self._lora)
-                values = values.float() + openpi_delta(a, b, sum_heads=self._sum_heads)
-            if len(self._layout.parts) > 1:
-                self._last = (layer, values)
-        return transform(values)
+            if layer not in self._waiting:
+                for passed in range(max(self._next, layer - _MAX_WAITING_LAYERS + 1), layer):
+                    self._decode(passed)
+                self._decode(layer)
+                self._next = layer + 1
+            values, unread = self._waiting[layer]
+            unread.discard(part)
+            if not unread:
+                del self._waiting[layer]
+        return self._layout.parts[part](values)
+
+    def _decode(self, layer: int) -> None:
+        while len(self._waiting) >= _MAX_WAITING_LAYERS:
+            del self._waiting[min(self._waiting)]
+        values = self._rows(self._base, layer)
+        if self._lora is not None:
+            a, b = (self._rows(array, layer) for array in self._lora)
+            values = values.float() + openpi_delta(a, b, sum_heads=self._sum_heads)
+        self._waiting[layer] = values, set(self._layout.parts)
+
+    def _rows(self, array: ZarrArray, layer: int) -> torch.Tensor:
+        if not self._layout.is_stacked:
+            return array.read_rows(0, array.shape[0])
+        return array.read_rows(layer, layer + 1)[0]
 
 
 def read_orbax(directory: Path) -> StoredModel:
     """The model in an openpi JAX ``params`` directory, with its LoRA adapters merged.
 
-    Memory: one layer of one array at a time (see ``checkpoint_zarr``), when layers are asked for in ascending order.
+    Memory: one layer of an array at a time (see ``checkpoint_zarr``) when layers are asked for in ascending order, or
+    a few layers where several threads each ask for a layer of their own. Other orders only cost time.
 
     Raises:
         ValueError: a damaged directory, missing packages, an array of unexpected rank, or an incomplete adapter.
@@ -221,10 +246,10 @@ def _add_parameters(tensors: dict[str, StoredTensor], base: ZarrArray, layout: _
     shape = base.shape[1:] if layout.is_stacked else base.shape
     outlines = {name: torch.empty(shape, device="meta") for name in layout.parts}
     shapes = {name: tuple(layout.parts[name](outline).shape) for name, outline in outlines.items()}
-    for layer in range(base.shape[0]) if layout.is_stacked else (None,):
-        key = base.key if layer is None else f"{base.key}[{layer}]"
-        for name, transform in layout.parts.items():
-            read = partial(array.read, layer, transform)
+    for layer in range(base.shape[0] if layout.is_stacked else 1):
+        key = f"{base.key}[{layer}]" if layout.is_stacked else base.key
+        for name in layout.parts:
+            read = partial(array.read, name, layer)
             tensors[name.replace("#", str(layer))] = StoredTensor(key, shapes[name], base.dtype, read)
 
 
@@ -257,12 +282,6 @@ def _adapter_paths(path: str) -> tuple[str, str]:
     """Where the adapter of an array is: beside ``w`` in an einsum, with the array's own name in the MLP."""
     stem = f"{path.removesuffix('.w')}." if path.endswith(".w") else f"{path}_"
     return f"{stem}lora_a", f"{stem}lora_b"
-
-
-def _rows(array: ZarrArray, layer: int | None) -> torch.Tensor:
-    if layer is None:
-        return array.read_rows(0, array.shape[0])
-    return array.read_rows(layer, layer + 1)[0]
 
 
 def _path(key: str) -> str:

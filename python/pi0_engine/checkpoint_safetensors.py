@@ -31,8 +31,9 @@ class MappedSafetensors:
     """One safetensors file mapped read-only; tensors are views of the mapping.
 
     safetensors itself checks the file (header, offsets, length). The mapping is ours so that pages can be handed back:
-    when a tensor is asked for, the pages of the one before leave this process (they stay in the page cache, and a
-    later use simply maps them again). A consumer that copies tensor by tensor never has the whole file resident.
+    when a tensor is asked for, everything that was read before leaves this process. It stays in the page cache, and a
+    later use simply maps it again. A consumer that copies tensor by tensor, in any number of threads, never has the
+    whole file resident.
 
     Raises:
         ValueError: empty, truncated or not a safetensors file.
@@ -46,7 +47,6 @@ class MappedSafetensors:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.header.pop("__metadata__", None)
         self._data_start = 8 + header_bytes
-        self._handed_out: tuple[int, int] | None = None
         with warnings.catch_warnings():  # torch has no read-only tensors and warns; nothing here writes
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -55,21 +55,13 @@ class MappedSafetensors:
         """The tensor of this key, a view of the mapped file in the stored dtype. Do not write to it."""
         entry = self.header[key]
         begin, end = (self._data_start + offset for offset in entry["data_offsets"])
-        self._release_previous(begin, end)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
         dtype = _DTYPES[entry["dtype"]]
         flat = self._bytes[begin:end]
         if begin % dtype.itemsize:  # the format leaves alignment to the writer
             flat = flat.clone()
         return flat.view(dtype).view(entry["shape"])
-
-    def _release_previous(self, begin: int, end: int) -> None:
-        previous, self._handed_out = self._handed_out, (begin, end)
-        if previous is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        first_page = -(-previous[0] // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = previous[1] // mmap.PAGESIZE * mmap.PAGESIZE - first_page
-        if length > 0:
-            self._map.madvise(mmap.MADV_DONTNEED, first_page, length)
 
 
 def read_safetensors(paths: list[Path], where: str) -> StoredModel:

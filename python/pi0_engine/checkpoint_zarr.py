@@ -170,7 +170,7 @@ class _StoredBytes(io.RawIOBase):
         self._whole: bytes | None = None
         try:
             first = store.read(key, byte_range=slice(0, 1)).result()
-        except TypeError:  # tensorstore before 0.1.82 (the newest for Python 3.10 is older) reads whole values only
+        except TypeError:  # older tensorstore (Python 3.10 has no newer one) reads whole values only
             first = store.read(key).result()
             self._whole = first.value
         self.is_missing = first.state == "missing"

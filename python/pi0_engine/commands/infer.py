@@ -73,7 +73,7 @@ class Infer:
         if self.plot:
             from pi0_engine.plots import plot_chunk
 
-            frames = {camera.key: observation[camera.key] for camera in robot.cameras if camera.key in observation}
+            frames = {c.key: _upright(observation[c.key], c) for c in robot.cameras if c.key in observation}
             plot_chunk(self.plot, actions, f"{robot.name}: {self.prompt or robot.prompt}", frames)
         if self.json:
             print_json({key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in reply.items()})
@@ -124,6 +124,11 @@ def _read_image(file: str, camera: Camera) -> NDArray[np.uint8]:
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"--image {camera.key}={file}: {error}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if camera.layout == "chw" else pixels
+
+
+def _upright(frame: NDArray[np.uint8], camera: Camera) -> NDArray[np.uint8]:
+    """[H, W, 3], whatever the robot's layout."""
+    return frame.transpose(1, 2, 0) if camera.layout == "chw" else frame
 
 
 def _read_numbers(key: str, text: str) -> NDArray[np.floating[Any]]:

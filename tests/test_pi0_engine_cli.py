@@ -1,0 +1,179 @@
+"""The command line: each subcommand run as a user runs it, on small models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoints import tiny_config, write_openpi
+from golden import DATA
+from pi0_engine.cli import main
+
+CASE = DATA / "pi0_tiny_c09_only_cam1_h10_s4.npz"
+VERIFY = ["verify", "--random-weights", "0", "--config", str(DATA / "pi0_tiny.json"), "--case", str(CASE)]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-5), ("bfloat16", 0.01)])
+def test_verify_passes(backend: str, dtype: str, bound: float, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_json(capsys, *VERIFY, "--backend", backend, "--dtype", dtype)
+    assert result["passed"] and 0 < result["rel_l2"] <= bound
+    assert result["cosine"] > 0.9999 and result["seconds"] > 0 and result["max_abs"] > 0
+
+
+def test_verify_reads_a_checkpoint_file_with_the_sizes_from_the_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_openpi(tmp_path, tiny_config("pi0"))
+    (directory / "config.json").unlink()
+    for source in (directory, directory / "model.safetensors"):
+        assert main(["verify", "--checkpoint", str(source), "--case", str(CASE)]) == 0
+        assert re.search(r"rel_l2 +\d\.\d+e-07 .*PASSED", capsys.readouterr().out, re.DOTALL)
+
+
+def test_verify_fails_beyond_the_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*VERIFY, "--tolerance", "1e-9"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert main([*VERIFY[:2], "1", *VERIFY[3:]]) == 1  # other weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "--random-weights", "0", "--config", "pi0", "--case", "absent.npz"], "no case file absent.npz"),
+        (["verify", "--case", str(CASE)], "exactly one of --checkpoint and --random-weights"),
+        (["verify", "--checkpoint", "nowhere/at/all", "--case", str(CASE)], "nowhere/at/all"),
+        ([*VERIFY, "--backend", "triton"], "backend 'triton' cannot run op"),
+        ([*VERIFY, "--device", "cuda"], "sees no CUDA GPU"),
+        ([*VERIFY, "--device", "toaster"], "'toaster'"),
+        (["bench", "--config", "pi7"], "neither 'pi0', 'pi05' nor a file"),
+        (["bench", "--config", str(DATA / "pi0_tiny.json"), "--views", "5"], "views is 5"),
+        (["bench", "--config", str(DATA / "pi0_tiny.json"), "--prompt-tokens", "49"], "prompt tokens are 49"),
+        (["bench", "--config", str(DATA / "pi0_tiny.json"), "--runs", "0"], "runs is 0"),
+        (["infer", "--robot", "libero", "--checkpoint", "x", "--image", "nonsense"], "KEY=FILE"),
+        (["infer", "--robot", "libero", "--checkpoint", "x", "--image", "top=a.png"], "has cameras"),
+        (["infer", "--robot", "libero", "--checkpoint", "x", "--state", "observation/state=1,two"], "'two'"),
+        (["infer", "--robot", "toaster", "--checkpoint", "x"], "toaster"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and "Traceback" not in captured.err
+
+
+def test_a_damaged_case_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(CASE.read_bytes()[:1000])
+    assert main([*VERIFY[:-1], str(broken)]) == 2
+    np.savez(tmp_path / "other.npz", in_noise=np.zeros(3))
+    assert main([*VERIFY[:-1], str(tmp_path / "other.npz")]) == 2
+    errors = capsys.readouterr().err
+    assert "broken.npz is not an .npz file" in errors and "it has no in_tokens" in errors
+
+
+def test_bench_reports_stages_floor_baseline_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "bench.png"
+    arguments = ["bench", "--config", str(DATA / "pi0_tiny.json"), "--random-weights", "3", "--views", "2"]
+    arguments += ["--prompt-tokens", "12", "--horizon", "10", "--num-steps", "2", "--dtype", "bfloat16"]
+    report = run_json(capsys, *arguments, "--runs", "2", "--baseline", "reference", "--plot", str(plot))
+    assert list(report["engine"]) == ["inputs", "vision", "prefix", "state", "flow", "total"]
+    for stage in ("vision", "prefix", "state", "flow", "total"):
+        row = report["engine"][stage]
+        assert 0 < row["p50_ms"] <= row["p99_ms"] and row["floor_ms"] > 0
+        assert row["percent_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["p50_ms"])
+    assert report["baseline"]["prefix_tokens"] == 816
+    assert 0 < report["baseline"]["rel_l2"] < 0.03
+    assert report["speedup"] == pytest.approx(report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"])
+    assert report["workload"]["views"] == 2 and report["dtype"] == "bfloat16"
+    assert report["peak_memory_bytes"] > report["packed_weight_bytes"] > 0
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 500
+
+
+def test_bench_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--config", str(DATA / "pi05_tiny.json"), "--runs", "1", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert "pi05, float32, 2 views, prompt 20, chunk 50, 10 steps" in text
+    assert re.search(r"^total +[\d.]+ +[\d.]+ +[\d.]+ +\d+ %$", text, re.MULTILINE)
+    assert "peak memory" in text and "reference" not in text
+
+
+def test_infer_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    for name in ("base", "wrist"):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    np.save(tmp_path / "state.npy", np.linspace(-1, 1, 8))
+    arguments = ["infer", "--robot", "libero", "--random-weights", "0", "--config", str(DATA / "pi0_tiny.json")]
+    arguments += ["--image", f"observation/image={tmp_path}/base.png", f"observation/wrist_image={tmp_path}/wrist.png"]
+    arguments += ["--state", f"observation/state={tmp_path}/state.npy", "--prompt", "lift the cup"]
+    saved, plot = tmp_path / "actions.npy", tmp_path / "chunk.png"
+    files = ["--output", str(saved), "--plot", str(plot)]
+    assert main([*arguments, *files, "--num-samples", "2", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^step +a0 .*a6$", text, re.MULTILINE) and "the first of 2 candidate chunks" in text
+    assert np.load(saved).shape == (2, 50, 7)
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 500
+    reply = run_json(capsys, *arguments, "--dtype", "float32")
+    assert np.shape(reply["actions"]) == (50, 7) and reply["policy_timing"]["infer_ms"] > 0
+    assert reply["state"][0] == -1.0
+
+
+def test_infer_shows_chw_cameras_upright(tmp_path: Path) -> None:
+    """ALOHA's frames are channel-first in the observation; the picture takes them all the same."""
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "frame.png")
+    arguments = ["infer", "--robot", "aloha", "--random-weights", "0", "--config", str(DATA / "pi0_tiny.json")]
+    arguments += ["--image", f"images/cam_high={tmp_path}/frame.png", "--prompt", "wave", "--dtype", "float32"]
+    arguments += ["--state", "state=" + ",".join(["0.1"] * 14), "--plot", str(tmp_path / "chunk.svg")]
+    assert main(arguments) == 0
+    assert (tmp_path / "chunk.svg").stat().st_size > 1000
+
+
+def test_env_says_what_would_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "env")
+    assert report["ops"]["prefix_attention"].startswith("torch: ")
+    assert report["engine"]["dtype"].split(":")[0] in ("float32", "bfloat16")
+    assert report["engine"]["frames"].split(":")[0] in ("cpp", "pillow")
+    assert main(["env"]) == 0
+    assert "optional packages" in capsys.readouterr().out
+
+
+def test_demo_ends_with_a_picture_timings_and_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--output", str(picture)]) == 0
+    text = capsys.readouterr().out
+    parity = re.search(r"relative L2 (\S+) against", text)
+    assert parity and float(parity[1]) <= 2e-5
+    assert re.search(r"^flow +\d", text, re.MULTILINE) and str(picture) in text
+    with Image.open(picture) as image:
+        assert image.size[0] > 1000
+
+
+def test_the_installed_script_and_every_help_page() -> None:
+    script = shutil.which("pi0-engine", path=str(Path(sys.executable).parent))
+    assert script, "pi0-engine is not installed beside this Python"
+    top = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("demo", "infer", "verify", "bench", "env"):
+        assert command in top
+        page = subprocess.run([script, command, "--help"], capture_output=True, text=True, check=True).stdout
+        assert len(page) > 400
