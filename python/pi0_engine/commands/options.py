@@ -25,6 +25,8 @@ class ModelOptions:
     """Checkpoint file or directory, or a Hugging Face Hub id."""
     revision: str | None = None
     """Revision of a Hub id."""
+    base: str | None = None
+    """For a LoRA adapter: its base checkpoint, where it is not what the adapter names."""
     random_weights: Annotated[int | None, tyro.conf.arg(metavar="SEED")] = None
     """Instead of a checkpoint: seeded random weights. Needs --config."""
     config: str | None = None
@@ -36,7 +38,9 @@ class ModelOptions:
             raise ValueError("expected exactly one of --checkpoint and --random-weights")
         config = Pi0Config.load(self.config) if self.config else None
         if self.checkpoint is not None:
-            return open_checkpoint(self.checkpoint, config=config or fallback_config, revision=self.revision)
+            return open_checkpoint(
+                self.checkpoint, config=config or fallback_config, revision=self.revision, base=self.base
+            )
         config = config or fallback_config
         if config is None or self.random_weights is None:
             raise ValueError("--random-weights needs --config: 'pi0', 'pi05' or a JSON file")
