@@ -17,16 +17,19 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Code that ruff reads. mypy reads the package alone (see typecheck).
 CODE := setup.py python kernels engine benchmarks tests
 
-.PHONY: help demo test lint format typecheck clean
+.PHONY: help demo test test-full lint format typecheck clean
 
 help:  ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.plot  ## run π0 with a small model on example frames: a picture, timings, parity
 	$(BIN)/pi0-engine demo
 
 test: lint  ## lint, then all tests
 	$(BIN)/pytest
+
+test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
+	$(BIN)/pytest -m full_size
 
 lint: $(VENV)/.dev typecheck  ## style and types
 	$(BIN)/ruff check $(CODE)

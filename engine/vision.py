@@ -18,6 +18,8 @@ def embed_images(ops: Ops, config: SiglipConfig, weights: VisionWeights, space: 
         vision_layer(ops, config, layer, space)
     first = 0
     for row, views in zip(space["prefix_x"], space.plan.views, strict=True):
+        if views == 0:
+            continue
         tokens = row[: views * config.num_patches].view(views, config.num_patches, -1)
         ops.layernorm_linear(x[first : first + views], weights.projector, weights.projector_bias, None, out=tokens)
         first += views

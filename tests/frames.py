@@ -1,0 +1,32 @@
+"""Camera frames for the image tests."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+_RECORDED = np.load(Path(__file__).parent / "data" / "openpi_client_resize.npz")
+
+#: ``"HxW"`` of the textured frames that openpi-client 0.1.2 (with Pillow 12.0) was recorded on.
+RECORDED_SIZES: list[str] = _RECORDED.files
+
+needs_extension = pytest.mark.skipif(
+    importlib.util.find_spec("pi0_engine._C") is None,
+    reason="pi0_engine._C is not built (no C++ compiler, or no Python headers, at installation)",
+)
+
+
+def textured_frame(height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Fine patterns, different in every channel: uint8 [height, width, 3]."""
+    y, x, c = np.ogrid[:height, :width, :3]
+    return ((7 * y + 13 * x + 101 * c + 3 * (x * y % 97) + (x ^ y) * 5) % 256).astype(np.uint8)
+
+
+def recorded(size: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """The textured frame of ``"HxW"`` and what openpi makes of it: float32 [32, 32, 3] in [-1, 1]."""
+    height, width = map(int, size.split("x"))
+    return textured_frame(height, width), _RECORDED[size].astype(np.float32) / 255 * 2 - 1
