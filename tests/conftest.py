@@ -1,0 +1,47 @@
+"""Settings of the whole suite: large tests are opt-in, hypothesis draws the same examples always."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from pi0_engine.kernels import gemm
+
+FULL_SIZE = (
+    "published sizes: each needs about 15 GB of memory and some minutes; run them with `pytest -m full_size`"
+    " (`make test-full`)"
+)
+
+# Derandomized: a failure on one machine is the same on every machine. No deadline: machines are shared.
+hypothesis.settings.register_profile("pi0_engine", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.load_profile("pi0_engine")
+
+_left_out: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"full_size: {FULL_SIZE}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "full_size" in config.option.markexpr:
+        return
+    large = [item for item in items if item.get_closest_marker("full_size")]
+    if large:
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in large]
+        _left_out.extend(item.nodeid for item in large)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _left_out:
+        terminalreporter.write_line(f"{len(_left_out)} tests left out, {FULL_SIZE}")
+
+
+@pytest.fixture(params=["float32", "bfloat16", "bfloat16 widened"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Every way in which a CPU computes: bfloat16 as itself, or widened where the processor only emulates it."""
+    name, _, widened = request.param.partition(" ")
+    monkeypatch.setattr(gemm, "cpu_computes_bfloat16", lambda: not widened)
+    return getattr(torch, name)

@@ -1,0 +1,133 @@
+"""Small models with seeded weights, inputs for them, and what is compared. For tests to import."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi0_engine.config import EngineConfig, GemmaConfig, ModelType, Pi0Config, SiglipConfig
+from pi0_engine.engine.runtime import Engine
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.random_weights import RandomCheckpoint
+from pi0_engine.reference import Pi0Reference
+
+MODEL_TYPES: list[ModelType] = ["pi0", "pi05"]
+
+
+@functools.cache
+def small_config(model_type: ModelType, **changes: Any) -> Pi0Config:
+    """A model that runs in milliseconds: 4 patches per camera, and sizes that are equal to no other where possible."""
+    config = Pi0Config(
+        model_type,
+        vision=SiglipConfig(width=36, depth=2, num_heads=3, mlp_dim=52, image_size=28),
+        llm=GemmaConfig(40, 3, 56, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=97),
+        expert=GemmaConfig(28, 3, 44, num_heads=4, num_kv_heads=1, head_dim=16),
+        action_dim=7,
+        max_token_len=12,
+        action_horizon=5,
+        num_steps=3,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@functools.cache
+def reference(config: Pi0Config, dtype: torch.dtype = torch.float32) -> Pi0Reference:
+    return Pi0Reference.from_tensors(config, RandomCheckpoint(config).tensor, dtype)
+
+
+def fresh_engine(config: Pi0Config, dtype: str = "float32", **options: Any) -> Engine:
+    """An engine that no other test has used."""
+    return Engine(RandomCheckpoint(config), EngineConfig(dtype=dtype, **options))  # type: ignore[arg-type]
+
+
+#: The same, one for all tests: its buffers hold whatever the last call left there.
+engine = functools.cache(fresh_engine)
+
+
+def random_inputs(
+    config: Pi0Config,
+    cameras: Sequence[Sequence[bool]] = ((True, True, True),),
+    prompt_lengths: Sequence[int] = (5,),
+    *,
+    length: int | None = None,
+    seed: int = 0,
+) -> ModelInputs:
+    """One observation per entry; masked cameras and padding ids hold random values like the others."""
+    random = torch.Generator().manual_seed(seed)
+    masks = torch.tensor(cameras, dtype=torch.bool)
+    (batch, views), size = masks.shape, config.vision.image_size
+    length = config.token_capacity if length is None else length
+    assert config.llm.vocab_size is not None
+    return ModelInputs(
+        images=torch.rand(batch, views, size, size, 3, generator=random) * 2 - 1,
+        image_masks=masks,
+        tokens=torch.randint(0, config.llm.vocab_size, (batch, length), generator=random),
+        token_mask=torch.arange(length) < torch.tensor(prompt_lengths)[:, None],
+        state=torch.randn(batch, config.action_dim, generator=random),
+    )
+
+
+def random_noise(config: Pi0Config, batch: int = 1, samples: int = 1, horizon: int | None = None) -> Tensor:
+    """float32 [B, samples, H, action_dim]; every chunk different."""
+    shape = (batch, samples, horizon or config.action_horizon, config.action_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def rows(inputs: ModelInputs, *which: int) -> ModelInputs:
+    """A batch of only these observations."""
+    index = list(which)
+    return ModelInputs(**{f.name: getattr(inputs, f.name)[index] for f in dataclasses.fields(inputs)})
+
+
+def reference_actions(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int | None = None) -> Tensor:
+    """[B, samples, H, A] of the reference, which knows no samples: each is a run of its own."""
+    i = inputs
+    return torch.stack(
+        [
+            model.sample_actions(i.images, i.image_masks, i.tokens, i.token_mask, i.state, sample, num_steps)
+            for sample in noise.unbind(1)
+        ],
+        dim=1,
+    )
+
+
+def rel_l2(actual: Tensor, expected: Tensor) -> float:
+    """||a - b|| / ||b|| in float64; shapes must match exactly. NaN if either holds one."""
+    assert actual.shape == expected.shape, f"{list(actual.shape)} against {list(expected.shape)}"
+    a, b = actual.double(), expected.double()
+    return float((a - b).norm() / b.norm())
+
+
+class Recorder:
+    """Inputs and outputs of every submodule of a reference model while it runs, as it computed them.
+
+    ``inputs["llm.layers.0.o_proj"][n]`` is the first argument of the module's n-th call, ``outputs`` its result (of a
+    norm, which returns a gate too, the normed tensor).
+    """
+
+    def __init__(self, model: Pi0Reference) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+        self._model = model
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.inputs.setdefault(name, []).append(args[0])
+            self.outputs.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
+
+        return hook

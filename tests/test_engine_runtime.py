@@ -1,0 +1,213 @@
+"""Engine: what it refuses, what it returns, and that one call leaves nothing behind for the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from models import (
+    MODEL_TYPES,
+    engine,
+    fresh_engine,
+    random_inputs,
+    random_noise,
+    reference,
+    reference_actions,
+    rel_l2,
+    small_config,
+)
+from pi0_engine.config import EngineConfig, ModelType
+from pi0_engine.engine import runtime
+from pi0_engine.engine.pipeline import STAGES
+from pi0_engine.engine.runtime import resolve_device, resolve_dtype
+
+PI0 = small_config("pi0")
+
+
+def test_actions_and_times() -> None:
+    result = engine(PI0).infer(random_inputs(PI0), random_noise(PI0, samples=2))
+    assert (result.actions.shape, result.actions.dtype) == ((1, 2, 5, 7), torch.float32)
+    assert list(result.seconds) == ["inputs", *STAGES]
+    assert all(seconds >= 0 for seconds in result.seconds.values())
+
+
+def test_actions_are_the_callers_own() -> None:
+    """Later calls with the same buffers do not change them."""
+    running, noise = engine(PI0), random_noise(PI0)
+    first = running.infer(random_inputs(PI0), noise).actions
+    kept = first.numpy().copy()
+    running.infer(random_inputs(PI0, seed=1), noise)
+    assert (first.numpy() == kept).all()
+    running.infer(random_inputs(PI0), noise).actions.numpy().fill(0)
+    assert torch.equal(running.infer(random_inputs(PI0), noise).actions, first)
+
+
+def test_inputs_are_not_changed() -> None:
+    inputs, noise = random_inputs(PI0), random_noise(PI0)
+    before = [t.clone() for t in (*vars(inputs).values(), noise)]
+    engine(PI0).infer(inputs, noise)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*vars(inputs).values(), noise), strict=True))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_shapes_in_any_order_give_what_a_fresh_engine_gives(model_type: ModelType) -> None:
+    """Buffers still hold the last call's values, larger and smaller ones, of this plan and of others."""
+    config = small_config(model_type)
+    used = fresh_engine(config, max_plans=2)
+    all_present, one = (True, True, True), (False, True, False)
+    calls: list[tuple[list[Any], list[int], int, int]] = [
+        ([all_present], [12], 3, 5),
+        ([one], [0], 1, 1),
+        ([all_present, one], [2, 12], 1, 9),
+        ([one, all_present], [12, 2], 2, 5),
+        ([all_present], [12], 3, 5),
+        ([one], [1], 1, 1),
+        ([all_present, one], [2, 12], 1, 9),
+    ]
+    for seed, (cameras, lengths, samples, horizon) in enumerate(calls):
+        inputs = random_inputs(config, cameras, lengths, seed=seed)
+        noise = random_noise(config, len(cameras), samples, horizon)
+        fresh = fresh_engine(config).infer(inputs, noise).actions
+        assert torch.equal(used.infer(inputs, noise).actions, fresh), f"call {seed}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_nothing_is_read_that_this_call_did_not_write(model_type: ModelType, dtype: str) -> None:
+    """NaN in every byte of every buffer before the call, padding rows of a shorter prefix included."""
+    config = small_config(model_type)
+    running = fresh_engine(config, dtype, prompt_bucket=8)
+    inputs = random_inputs(config, [[True, True, True], [False, True, False]], [12, 1])
+    noise = random_noise(config, 2, samples=2)
+    expected = running.infer(inputs, noise).actions
+    (space,) = running._workspaces.values()
+    with torch.inference_mode():
+        space.arena.fill_(0xFF)
+        assert all(space[name].isnan().all() for name in ("prefix_x", "cache_k", "suffix_hidden"))
+    assert torch.equal(running.infer(inputs, noise).actions, expected)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_step_counts_in_any_order(model_type: ModelType) -> None:
+    config = small_config(model_type)
+    running, model, inputs, noise = engine(config), reference(config), random_inputs(config), random_noise(config)
+    for num_steps in (7, 1, 3, None, 12, 7):
+        actions = running.infer(inputs, noise, num_steps=num_steps).actions
+        assert rel_l2(actions, reference_actions(model, inputs, noise, num_steps)) <= 2e-5
+
+
+def test_a_broken_call_leaves_nothing_behind() -> None:
+    running, inputs, noise = fresh_engine(PI0), random_inputs(PI0), random_noise(PI0)
+    expected = running.infer(inputs, noise).actions
+    with pytest.raises(ValueError, match="state contains NaN or infinity"):
+        running.infer(dataclasses.replace(inputs, state=inputs.state * torch.nan), noise)
+    assert torch.equal(running.infer(inputs, noise).actions, expected)
+
+
+def test_strided_inputs_are_taken_as_they_are() -> None:
+    inputs, noise = random_inputs(PI0), random_noise(PI0)
+    expected = engine(PI0).infer(inputs, noise).actions
+    strided = dataclasses.replace(
+        inputs,
+        images=inputs.images.transpose(2, 4).contiguous().transpose(2, 4),
+        tokens=inputs.tokens.repeat_interleave(2, dim=1)[:, ::2],
+        state=inputs.state.repeat_interleave(2, dim=1)[:, ::2],
+    )
+    actions = engine(PI0).infer(strided, noise.transpose(2, 3).contiguous().transpose(2, 3)).actions
+    assert torch.equal(actions, expected)
+
+
+def test_pi05_does_not_read_the_state() -> None:
+    config = small_config("pi05")
+    inputs, noise = random_inputs(config), random_noise(config)
+    expected = engine(config).infer(inputs, noise).actions
+    other = dataclasses.replace(inputs, state=inputs.state + 1)
+    assert torch.equal(engine(config).infer(other, noise).actions, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: n[:, 0], r"noise is torch\.float32 \[1, 5, 7\], expected float32 \[1, samples, horizon, 7\]"),
+        (lambda n: n.double(), r"noise is torch\.float64 \[1, 1, 5, 7\]"),
+        (lambda n: n[..., :6], r"noise is torch\.float32 \[1, 1, 5, 6\]"),
+        (lambda n: n.expand(2, -1, -1, -1), r"noise is torch\.float32 \[2, 1, 5, 7\], expected float32 \[1, "),
+        (lambda n: n[:, :0], r"noise is torch\.float32 \[1, 0, 5, 7\]"),
+        (lambda n: n[:, :, :0], r"noise is torch\.float32 \[1, 1, 0, 7\]"),
+        (lambda n: n / 0, "noise contains NaN or infinity"),
+    ],
+)
+def test_unusable_noise_is_refused(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(PI0).infer(random_inputs(PI0), change(random_noise(PI0)))
+
+
+def test_no_flow_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_steps is 0, expected "):
+        engine(PI0).infer(random_inputs(PI0), random_noise(PI0), num_steps=0)
+
+
+def test_the_least_recently_used_plan_is_freed() -> None:
+    running = fresh_engine(PI0, max_plans=2)
+    a, b, c = ([length] for length in (1, 2, 3))
+
+    def infer(lengths: list[int]) -> None:
+        running.infer(random_inputs(PI0, prompt_lengths=lengths), random_noise(PI0))
+
+    def kept() -> set[int]:
+        return {plan.prefix - 3 * 4 for plan in running._workspaces}
+
+    infer(a)
+    first = next(iter(running._workspaces.values()))
+    infer(b)
+    infer(a)
+    assert first in running._workspaces.values()
+    infer(c)
+    assert kept() == {1, 3}
+
+
+def test_a_new_plan_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "pi0_engine"):
+        fresh_engine(PI0).infer(random_inputs(PI0), random_noise(PI0))
+    assert "new plan ShapePlan(views=(3,), prefix=17" in caplog.text
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device is 'mps', expected 'cpu' or 'cuda'"):
+        resolve_device("mps")
+    with pytest.raises(ValueError, match="device 'gpu' is not one torch knows"):
+        resolve_device("gpu")
+
+
+def test_cuda_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device is 'cuda', but torch .* sees no CUDA GPU"):
+        fresh_engine(PI0, device="cuda")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_processor_computes(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "cpu_computes_bfloat16", lambda: native)
+    dtype, reason = resolve_dtype("auto", torch.device("cpu"))
+    assert dtype == expected
+    assert reason == f"this processor has {'' if native else 'no '}bfloat16 instructions"
+    assert resolve_dtype("auto", torch.device("cuda"))[0] == torch.bfloat16
+    assert resolve_dtype("float32", torch.device("cuda")) == (torch.float32, "asked for by name")
+
+
+def test_a_backend_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run op '\w+' on cpu"):
+        fresh_engine(PI0, backend="triton")
+
+
+def test_defaults() -> None:
+    running = runtime.Engine(engine(PI0).time_terms._source)
+    assert running.engine_config == EngineConfig()
+    assert running.ops.choices and running.dtype_reason
