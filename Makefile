@@ -29,7 +29,7 @@ test: lint  ## lint, then all tests
 	$(BIN)/pytest
 
 test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
-	$(BIN)/pytest -m full_size
+	$(BIN)/pytest -m full_size -s
 
 lint: $(VENV)/.dev typecheck  ## style and types
 	$(BIN)/ruff check $(CODE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class ShapePlan:
         prefix: rows reserved for each observation's prefix (images, then prompt).
         exact: whether every observation fills its rows, so that no length has to be checked.
         samples: candidate chunks per observation; they share its prefix.
-        horizon, num_steps: actions per chunk and Euler steps.
+        horizon: actions per chunk.
+        num_steps: Euler steps. No buffer depends on it, so plans that differ in it alone are equal.
     """
 
     views: tuple[int, ...]
@@ -38,7 +39,7 @@ class ShapePlan:
     exact: bool
     samples: int
     horizon: int
-    num_steps: int
+    num_steps: int = field(compare=False)
 
     @classmethod
     def of(
@@ -60,8 +61,8 @@ class ShapePlan:
         horizon = config.action_horizon if horizon is None else horizon
         num_steps = config.num_steps if num_steps is None else num_steps
         for name, value in (("num_samples", samples), ("action horizon", horizon), ("num_steps", num_steps)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
         image_rows = [v * config.vision.num_patches for v in views]
         lengths = [rows + prompt for rows, prompt in zip(image_rows, prompt_lengths, strict=True)]
         prefix = max(

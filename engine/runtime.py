@@ -37,7 +37,7 @@ class Inference:
 
 
 class Engine:
-    """Runs one checkpoint.
+    """Runs one checkpoint. Its buffers serve one inference at a time: callers in several threads take turns.
 
     Args:
         source: an opened checkpoint (``open_checkpoint``) or anything with ``config`` and ``tensor(name)``.
@@ -59,7 +59,6 @@ class Engine:
         self.time_terms(self.config.num_steps)
         self._workspaces: OrderedDict[ShapePlan, Workspace] = OrderedDict()
 
-    @torch.inference_mode()
     def infer(self, inputs: ModelInputs, noise: Tensor, *, num_steps: int | None = None) -> Inference:
         """Draw action chunks.
 
@@ -70,17 +69,22 @@ class Engine:
             num_steps: Euler steps; the checkpoint's own number where None.
 
         Raises:
-            ValueError: inputs or noise that the model cannot take.
+            ValueError: inputs or noise that the model cannot take, or actions that are not finite.
         """
         inputs.validate(self.config)
         self._check_noise(inputs, noise)
         clock = _StageClock(self.device)
         plan = self._plan(inputs, noise, num_steps)
-        space = self.workspace(plan)
-        self._load(inputs, noise, space)
-        clock.lap("inputs")
-        run(self.ops, self.config, self.weights, self.time_terms(plan.num_steps), space, clock.lap)
-        return Inference(space["actions"].view(noise.shape).to("cpu", copy=True), clock.seconds)
+        with torch.inference_mode():
+            space = self.workspace(plan)
+            self._load(inputs, noise, space)
+            clock.lap("inputs")
+            run(self.ops, self.config, self.weights, self.time_terms(plan.num_steps), space, clock.lap)
+        # Copied out here: a tensor made in inference mode could not be changed by its owner.
+        actions = torch.empty(noise.shape).copy_(space["actions"].view(noise.shape))
+        if not bool(torch.isfinite(actions).all()):
+            raise ValueError("the model computed NaN or infinity from finite inputs: are the weights finite?")
+        return Inference(actions, clock.seconds)
 
     def workspace(self, plan: ShapePlan) -> Workspace:
         """The buffers of a plan; made at its first use, the least recently used set is freed for it."""
@@ -153,10 +157,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is not one torch knows: {error}") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ValueError(f"device is {name!r}, expected 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA GPU(s), numbered from 0")
     return device
 
 

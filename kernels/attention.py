@@ -2,7 +2,8 @@
 
 The blockwise-causal mask [images + prompt | state | actions] never appears as a tensor: each block attends to a
 contiguous range of the key/value cache, so only the number of valid rows is left to say. ``lengths`` int [B] gives
-it; None means that every row is valid.
+it; None means that every row is valid. Rows behind the valid ones must be finite: their probability is 0, and 0 times
+NaN is NaN. Queries are contiguous; keys and values may be a slice of a longer cache.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 def cpu_computes_bfloat16() -> bool:
     """Whether this processor has bfloat16 dot-product instructions (AVX512-BF16, AMX, or Arm's BF16 extension)."""
     flags = _cpu_flags()
-    return bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _cpu_flags() -> set[str]:

@@ -76,12 +76,10 @@ class Ops:
         self.choices = choices
 
     def __getattr__(self, name: str) -> OpFunction:
-        try:
-            return self.__dict__["_functions"][name]
-        except KeyError:
-            raise AttributeError(
-                f"there is no op {name!r}; the ops are {sorted(self.__dict__['_functions'])}"
-            ) from None
+        functions = self.__dict__.get("_functions", {})  # empty while copy or pickle makes an instance
+        if name not in functions:
+            raise AttributeError(f"there is no op {name!r}; the ops are {sorted(functions)}")
+        return functions[name]
 
 
 def all_ops() -> Mapping[str, Op]:

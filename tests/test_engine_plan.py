@@ -36,6 +36,11 @@ def test_prompt_lengths_are_rounded_up_to_the_bucket(prompt: int, rows: int, exa
     assert (plan.prefix, plan.exact) == (rows, exact)
 
 
+def test_counts_must_be_integers() -> None:
+    with pytest.raises(ValueError, match=r"num_steps is 2\.0, expected an integer of at least 1"):
+        ShapePlan.of(small_config("pi0"), views=[1], prompt_lengths=[1], num_steps=2.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("samples", "num_samples is 0"), ("horizon", "action horizon is 0"), ("num_steps", "num_steps is 0")],

@@ -46,6 +46,22 @@ def test_actions_are_the_callers_own() -> None:
     assert torch.equal(running.infer(random_inputs(PI0), noise).actions, first)
 
 
+def test_actions_are_an_ordinary_tensor() -> None:
+    """Not one of inference mode, which could neither be changed nor differentiated through."""
+    actions = engine(PI0).infer(random_inputs(PI0), random_noise(PI0)).actions
+    actions += 1
+    weight = torch.ones(7, requires_grad=True)
+    (actions * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_broken_weights_do_not_reach_the_robot() -> None:
+    running = fresh_engine(PI0)
+    running.weights.expert[1].qkv.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model computed NaN or infinity"):
+        running.infer(random_inputs(PI0), random_noise(PI0))
+
+
 def test_inputs_are_not_changed() -> None:
     inputs, noise = random_inputs(PI0), random_noise(PI0)
     before = [t.clone() for t in (*vars(inputs).values(), noise)]

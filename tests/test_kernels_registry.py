@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,10 @@ def test_a_named_backend_without_an_implementation_says_what_there_is() -> None:
 def test_an_unknown_op_is_named() -> None:
     with pytest.raises(AttributeError, match=r"there is no op 'softmax'; the ops are \['layernorm_linear'"):
         _ = select_ops("torch", CPU).softmax
+
+
+def test_the_table_can_be_copied() -> None:
+    assert copy.deepcopy(select_ops("torch", CPU)).linear is linear
 
 
 def test_cost_and_bytes() -> None:

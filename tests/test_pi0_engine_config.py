@@ -80,6 +80,9 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"llm__num_kv_heads": 3, "expert__num_kv_heads": 3}, "num_heads 8 is not a multiple of num_kv_heads 3"),
         ({"llm__head_dim": 31, "expert__head_dim": 31}, "head_dim 31 is odd"),
         ({"llm__vocab_size": None}, r"llm\.vocab_size is missing"),
+        ({"expert__width": 47}, r"expert\.width 47 is odd"),
+        ({"model_type": ["pi0"]}, r"model_type is \['pi0'\], expected"),
+        ({"action_dim": True}, "action_dim is True, expected a positive integer"),
         ({"action_dim": 0}, "action_dim is 0, expected a positive integer"),
         ({"num_steps": 2.5}, r"num_steps is 2\.5, expected a positive integer"),
         ({"max_token_len": -1}, "max_token_len is -1, expected a positive integer"),
@@ -95,7 +98,14 @@ def test_a_config_without_model_type_is_refused() -> None:
         Pi0Config.from_dict({})
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "is neither 'pi0', 'pi05' nor a file"), ("{", "is not JSON")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "config is list, expected an object"),
+        (None, "is neither 'pi0', 'pi05' nor a file"),
+        ("{", "is not JSON"),
+    ],
+)
 def test_an_unreadable_config_file_says_why(content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     if content is not None:
@@ -109,6 +119,8 @@ def test_an_unreadable_config_file_says_why(content: str | None, message: str, t
     [
         ({"dtype": "float16"}, "dtype is 'float16', expected 'auto', 'float32' or 'bfloat16'"),
         ({"prompt_bucket": 0}, "prompt_bucket is 0, expected "),
+        ({"prompt_bucket": 1.5}, r"prompt_bucket is 1\.5, expected an integer of at least 1"),
+        ({"backend": "cuda"}, "backend is 'cuda', expected 'auto', 'torch' or 'triton'"),
         ({"max_plans": 0}, "max_plans is 0, expected "),
     ],
 )
@@ -140,6 +152,13 @@ def test_a_tensor_that_is_needed_to_infer_is_named(name: str) -> None:
     shapes = parameter_shapes(Pi0Config("pi0"))
     del shapes[name]
     with pytest.raises(ValueError, match=f"cannot infer the model's sizes: tensor '{name}' is missing"):
+        infer_config(shapes)
+
+
+@pytest.mark.parametrize("shape", [(1152, 588), (), (0, 3, 14, 14)])
+def test_a_tensor_of_another_kind_is_named(shape: tuple[int, ...]) -> None:
+    shapes = {**parameter_shapes(Pi0Config("pi0")), "vision.patch_embedding.weight": shape}
+    with pytest.raises(ValueError, match=r"'vision\.patch_embedding\.weight' is \[.*\], expected 4 axes"):
         infer_config(shapes)
 
 

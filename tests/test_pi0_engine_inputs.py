@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from models import random_inputs, small_config
 from pi0_engine.inputs import ModelInputs
@@ -49,6 +50,9 @@ def test_padding_ids_are_not_looked_at() -> None:
         ("token_mask", lambda t: t.flip(1), "token_mask has a gap: expected True for the first tokens of each row"),
         ("state", lambda t: t.double(), r"state is torch\.float64 \[2, 7\], expected torch\.float32 \[2, 7\]"),
         ("state", lambda t: t[:, :6], r"state is torch\.float32 \[2, 6\], expected torch\.float32 \[2, 7\]"),
+        ("images", lambda t: (t + 1) * 127.5, "images of camera slot 0 span .* to 2.*, expected -1 to 1"),
+        ("images", lambda t: t * torch.nan, "images of camera slot 0 span nan to nan"),
+        ("tokens", lambda t: t[0, 0], r"tokens is torch\.int64 \[\], expected torch\.int64 \[2, L\]"),
         ("state", lambda t: t / 0, "state contains NaN or infinity"),
         ("tokens", lambda t: t - 97, r"tokens span -\d+\.\.-\d+, the vocabulary is 0\.\.96"),
         ("tokens", lambda t: t + 97, "tokenizer and checkpoint do not belong together"),
@@ -58,6 +62,12 @@ def test_a_tensor_that_does_not_fit_is_named(name: str, change: Any, message: st
     inputs = dataclasses.replace(two(), **{name: change(getattr(two(), name))})
     with pytest.raises(ValueError, match=message):
         inputs.validate(CONFIG)
+
+
+def test_absent_cameras_are_not_looked_at() -> None:
+    inputs = two()
+    absent = ~inputs.image_masks[:, :, None, None, None]
+    dataclasses.replace(inputs, images=inputs.images.masked_fill(absent, torch.nan)).validate(CONFIG)
 
 
 def test_too_many_cameras() -> None:

@@ -99,7 +99,7 @@ class Pi0Config:
     discrete_state_input: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.model_type not in _MAX_TOKEN_LEN:
+        if self.model_type not in list(_MAX_TOKEN_LEN):  # a list: JSON may bring something unhashable
             raise ValueError(f"model_type is {self.model_type!r}, expected 'pi0' or 'pi05'")
         if self.max_token_len is None:
             object.__setattr__(self, "max_token_len", _MAX_TOKEN_LEN[self.model_type])
@@ -127,10 +127,10 @@ class Pi0Config:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Pi0Config:
         """Strict: an unknown or missing key raises ValueError naming it."""
-        values = dict(data)
+        values = dict(data) if isinstance(data, dict) else data
         towers = {"vision": SiglipConfig, "llm": GemmaConfig, "expert": GemmaConfig}
         for name, kind in towers.items():
-            if name in values:
+            if isinstance(values, dict) and name in values:
                 values[name] = _build(kind, values[name], f"config.{name}")
         return _build(cls, values, "config")
 
@@ -171,9 +171,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}, expected 'auto', 'float32' or 'bfloat16'")
+        if self.backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend is {self.backend!r}, expected 'auto', 'torch' or 'triton'")
         for name in ("prompt_bucket", "max_plans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            if not _is_positive_integer(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an integer of at least 1")
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
@@ -191,11 +193,11 @@ def _build(kind: type, values: Any, where: str) -> Any:
 def _check(config: Pi0Config) -> None:
     for tower_name in ("vision", "llm", "expert"):
         for name, value in dataclasses.asdict(getattr(config, tower_name)).items():
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_positive_integer(value):
                 raise ValueError(f"{tower_name}.{name} is {value!r}, expected a positive integer")
     for name in ("action_dim", "max_token_len", "action_horizon", "num_steps"):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
+        if not _is_positive_integer(value):
             raise ValueError(f"{name} is {value!r}, expected a positive integer")
     vision, llm, expert = config.vision, config.llm, config.expert
     if vision.width % vision.num_heads:
@@ -212,5 +214,11 @@ def _check(config: Pi0Config) -> None:
         raise ValueError(f"num_heads {llm.num_heads} is not a multiple of num_kv_heads {llm.num_kv_heads}")
     if llm.head_dim % 2:
         raise ValueError(f"head_dim {llm.head_dim} is odd; RoPE rotates pairs")
+    if expert.width % 2:
+        raise ValueError(f"expert.width {expert.width} is odd; the time embedding is half sines, half cosines")
     if llm.vocab_size is None:
         raise ValueError("llm.vocab_size is missing")
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

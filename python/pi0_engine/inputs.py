@@ -8,6 +8,9 @@ import torch
 
 from pi0_engine.config import Pi0Config
 
+#: Pixels lie in [-1, 1]. Resampling filters overshoot a little; unscaled pixels (0..255) are far outside.
+PIXEL_LIMIT = 1.5
+
 
 @dataclass(frozen=True)
 class ModelInputs:
@@ -33,22 +36,25 @@ class ModelInputs:
 
     def validate(self, config: Pi0Config) -> None:
         """Raise ValueError naming the first tensor whose shape, dtype or content the model cannot take."""
-        batch, views = self.images.shape[:2] if self.images.ndim == 5 else (0, 0)
-        size, length = config.vision.image_size, self.tokens.shape[-1]
-        expected = {
-            "images": ((batch, views, size, size, 3), torch.float32),
-            "image_masks": ((batch, views), torch.bool),
-            "tokens": ((batch, length), torch.int64),
-            "token_mask": ((batch, length), torch.bool),
-            "state": ((batch, config.action_dim), torch.float32),
+        size = config.vision.image_size
+        expected: dict[str, tuple[tuple[str | int, ...], torch.dtype]] = {
+            "images": (("B", "V", size, size, 3), torch.float32),
+            "image_masks": (("B", "V"), torch.bool),
+            "tokens": (("B", "L"), torch.int64),
+            "token_mask": (("B", "L"), torch.bool),
+            "state": (("B", config.action_dim), torch.float32),
         }
+        sizes: dict[str | int, int] = {}  # B, V and L are what the first tensor says
         for name, (shape, dtype) in expected.items():
             tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or min(shape) < 1:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} with no empty axis"
-                )
-        if not 1 <= views <= 4:
+            found = tuple(tensor.shape)
+            if len(found) == len(shape):
+                sizes = {**{letter: n for letter, n in zip(shape, found, strict=True) if n > 0}, **sizes}
+            wanted = [letter if isinstance(letter, int) else sizes.get(letter, letter) for letter in shape]
+            if list(found) != wanted or tensor.dtype != dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {list(found)}, expected {dtype} {_shape_text(wanted)}")
+        views, length = self.image_masks.shape[1], self.tokens.shape[1]
+        if views > 4:
             raise ValueError(f"images has {views} camera slots, expected 1 to 4")
         if length > config.token_capacity:
             raise ValueError(f"tokens has length {length}, the model takes at most {config.max_token_len}")
@@ -67,3 +73,13 @@ class ModelInputs:
             )
         if not bool(torch.isfinite(self.state).all()):
             raise ValueError("state contains NaN or infinity")
+        for slot in range(views):
+            present = self.images[self.image_masks[:, slot], slot]
+            low, high = present.aminmax() if present.numel() else (torch.zeros(()), torch.zeros(()))
+            if not (low >= -PIXEL_LIMIT and high <= PIXEL_LIMIT):  # false for NaN
+                raise ValueError(f"images of camera slot {slot} span {low:.4g} to {high:.4g}, expected -1 to 1")
+
+
+def _shape_text(shape: list[str | int]) -> str:
+    """[2, V, 224, 224, 3]: sizes, and a letter where any positive one would do."""
+    return f"[{', '.join(map(str, shape))}]"

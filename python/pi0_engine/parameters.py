@@ -45,12 +45,17 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Pi0Config:
         ValueError: names a tensor that is needed and absent, or a size that no rule of the family explains.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
         if name not in shapes:
             raise ValueError(f"cannot infer the model's sizes: tensor {name!r} is missing")
-        return tuple(shapes[name])
+        found = tuple(shapes[name])
+        if len(found) != axes or min(found) < 1:
+            raise ValueError(
+                f"cannot infer the model's sizes: {name!r} is {list(found)}, expected {axes} axes, none empty"
+            )
+        return found
 
-    vision_width, _, patch_size, _ = shape("vision.patch_embedding.weight")
+    vision_width, _, patch_size, _ = shape("vision.patch_embedding.weight", axes=4)
     num_patches = shape("vision.position_embedding.weight")[0]
     if vision_width % 72:
         raise ValueError(

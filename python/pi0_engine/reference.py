@@ -180,7 +180,7 @@ class Pi0Reference(nn.Module):
         prefix, pad_mask = self.embed_prefix(images, image_masks, tokens, token_mask)
         cache = self.prefill(prefix, pad_mask)
         x_t = noise
-        for time, dt in flow_times(num_steps or self.config.num_steps):
+        for time, dt in flow_times(self.config.num_steps if num_steps is None else num_steps):
             x_t = x_t + dt * self.velocity(state, pad_mask, cache, x_t, time.expand(x_t.shape[0]))
         return x_t
 
