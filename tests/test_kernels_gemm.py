@@ -20,6 +20,18 @@ def test_product_with_bias(dtype: torch.dtype) -> None:
     check(gemm.gemm(x, w, bias), x.double() @ w.double().T + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("piece", [13, 40, 91])
+def test_widening_a_piece_at_a_time_changes_nothing(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one row, of several with a shorter last one, and of the whole weight."""
+    monkeypatch.setattr(gemm, "cpu_computes_bfloat16", lambda: False)
+    x, w, bias = randn(2, 3, 13, dtype=torch.bfloat16), weight(7, 13, torch.bfloat16), randn(7)
+    monkeypatch.setattr(gemm, "_PIECE", piece)
+    product = gemm.gemm(x, w, bias)
+    assert product.shape == (2, 3, 7) and product.dtype == torch.float32
+    expected = x.double() @ w.double().T + bias.to(torch.float32).double()
+    torch.testing.assert_close(product.double(), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_emulated_bfloat16_is_widened(native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "cpu_computes_bfloat16", lambda: native)
