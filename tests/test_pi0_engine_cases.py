@@ -133,3 +133,11 @@ def test_difference() -> None:
     same = Difference.between(torch.ones(3), torch.ones(3))
     assert (same.rel_l2, same.max_abs, same.cosine) == (0, 0, pytest.approx(1))
     assert math.isnan(Difference.between(torch.tensor([math.nan]), torch.ones(1)).rel_l2)
+
+
+def test_a_variant_without_actions_does_not_take_those_of_its_base(tmp_path: Path) -> None:
+    whole = golden.DATA / f"{golden.WHOLE[0]}.npz"
+    (tmp_path / "case.npz").write_bytes(whole.read_bytes())
+    np.savez(tmp_path / "case__other.npz", out_actions_of_another_kind=np.zeros(3))
+    with pytest.raises(ValueError, match=r"it has no out_actions \(looked in case\.npz as well\)"):
+        load_case(tmp_path / "case__other.npz")

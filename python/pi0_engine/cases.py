@@ -68,7 +68,9 @@ def load_case(path: str | Path) -> Case:
     path = Path(path)
     arrays = _read(path)
     base = path.with_name(path.stem.split("__")[0] + ".npz")
-    recorded = arrays if base == path or not base.is_file() else {**_read(base), "out_actions": arrays["out_actions"]}
+    recorded = arrays
+    if base != path and base.is_file():
+        recorded = {name: array for name, array in _read(base).items() if name != "out_actions"} | arrays
     cameras = [name.removeprefix("in_image_mask_") for name in recorded if name.startswith("in_image_mask_")]
     cameras.sort(key=lambda c: (CAMERA_SLOTS.index(c) if c in CAMERA_SLOTS else len(CAMERA_SLOTS), c))
     needed = ["in_tokens", "in_token_mask", "in_state", "in_noise", "in_num_steps", "out_actions"]
