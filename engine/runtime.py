@@ -78,8 +78,9 @@ class Engine:
         with torch.inference_mode():
             space = self.workspace(plan)
             self._load(inputs, noise, space)
+            steps = self.time_terms(plan.num_steps)  # here, so that a new step count is not timed as vision
             clock.lap("inputs")
-            run(self.ops, self.config, self.weights, self.time_terms(plan.num_steps), space, clock.lap)
+            run(self.ops, self.config, self.weights, steps, space, clock.lap)
         # Copied out here: a tensor made in inference mode could not be changed by its owner.
         actions = torch.empty(noise.shape).copy_(space["actions"].view(noise.shape))
         if not bool(torch.isfinite(actions).all()):

@@ -11,9 +11,6 @@ from pi0_engine.config import GemmaConfig, ModelType, Pi0Config, SiglipConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: Parameters that sampling never reads (the prefix's output is not used, only its keys and values).
-SAMPLING_UNUSED = ("llm.norm.weight",)
-
 
 def parameter_shapes(config: Pi0Config) -> Shapes:
     """Every parameter of the model, {canonical name: shape}."""

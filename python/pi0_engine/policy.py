@@ -61,7 +61,7 @@ class Pi0Policy:
     Args:
         engine: runs the network.
         transform: between the robot and the network; its config gives the action horizon.
-        subtask: gives the instruction where a call and its observation's robot leave it to a planner.
+        subtask: gives the instruction wherever a call has no ``prompt``; it goes before the observation's own.
         seed: of the noise that starts each chunk; None draws one from the operating system.
     """
 

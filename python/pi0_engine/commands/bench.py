@@ -17,7 +17,7 @@ class Bench:
     """Time the engine per stage on random weights, against the machine's floor and the reference.
 
     The engine's actions are compared with the reference's before the reference is timed. A full-size model needs
-    about 7.5 GB in bfloat16 and 15 GB in float32; drawing its weights takes about half a minute. Example:
+    about 8 GB in bfloat16 and 14 GB in float32; drawing its weights takes about half a minute. Example:
 
         pi0-engine bench --config pi0 --views 2 --prompt-tokens 12 --dtype bfloat16 --baseline reference --runs 3
     """
