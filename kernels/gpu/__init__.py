@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, one file per family beside the meanings in ``kernels/``. Start at ``launch.py``."""

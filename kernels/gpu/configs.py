@@ -1,0 +1,101 @@
+"""Launch configurations: tile sizes as data per (op, shape, GPU generation), in ``launch_configs/sm_XX.json``.
+
+Nothing is tuned when a robot starts: ``pi0-engine tune`` measures candidates once, on the GPU at hand, and writes them.
+A rule's ``source`` says whether it was measured, when and on what, or only reasoned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "launch_configs"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is cut and compiled.
+
+    Attributes:
+        block_m, block_n, block_k: tile of rows, columns and products. In attention: query rows, keys, unused.
+        splits: how many programs share the products (or keys) of one tile; the last to finish adds the parts up.
+        warps, stages: per program, and of the software pipeline.
+        tma: whether tiles are read by the tensor memory accelerator.
+        pdl: whether the kernel may start early and prefetch its weights into L2 meanwhile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False
+    pdl: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``config`` for every problem of ``op`` with at most ``max_rows`` rows, and of just this ``n`` and ``k`` if given."""
+
+    op: str
+    config: LaunchConfig
+    source: str
+    max_rows: int | None = None
+    n: int | None = None
+    k: int | None = None
+
+    def fits(self, op: str, rows: int, n: int, k: int) -> bool:
+        limits = self.max_rows is None or rows <= self.max_rows
+        return self.op == op and limits and self.n in (None, n) and self.k in (None, k)
+
+
+class LaunchConfigs:
+    """Rules in order: the first that fits is used."""
+
+    def __init__(self, rules: list[Rule]) -> None:
+        self.rules = rules
+
+    def find(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
+        """The configuration for this op and shape.
+
+        Raises:
+            ValueError: no rule fits.
+        """
+        for rule in self.rules:
+            if rule.fits(op, rows, n, k):
+                return rule.config
+        raise ValueError(f"no launch configuration for op {op!r} with {rows} rows, n {n}, k {k}")
+
+    @classmethod
+    def load(cls, path: Path) -> LaunchConfigs:
+        """Rules from a JSON file; an unknown or missing key raises ValueError naming it."""
+        try:
+            entries = json.loads(path.read_text())["rules"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"launch configurations {path} cannot be read: {error!r}") from error
+        return cls([_rule(entry, f"{path} rule {number}") for number, entry in enumerate(entries)])
+
+    def save(self, path: Path) -> None:
+        entries = [dataclasses.asdict(rule) for rule in self.rules]
+        kept = [{name: value for name, value in entry.items() if value is not None} for entry in entries]
+        lines = ",\n  ".join(json.dumps(entry) for entry in kept)
+        path.write_text(f'{{"rules": [\n  {lines}\n]}}\n')
+
+
+def configs_for(arch: int) -> tuple[LaunchConfigs, int]:
+    """The rules of a GPU generation, and the generation they were written for: its own or the nearest listed one."""
+    listed = sorted(int(path.stem.removeprefix("sm_")) for path in FOLDER.glob("sm_*.json"))
+    older = [known for known in listed if known <= arch]
+    nearest = max(older) if older else min(listed)
+    return LaunchConfigs.load(FOLDER / f"sm_{nearest}.json"), nearest
+
+
+def _rule(entry: dict[str, Any], where: str) -> Rule:
+    try:
+        return Rule(**{**entry, "config": LaunchConfig(**entry["config"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{where}: {error!r}") from error

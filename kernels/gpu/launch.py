@@ -1,0 +1,68 @@
+"""One kernel launch as data: an op's Triton implementation describes it, a launcher runs, records or compiles it.
+
+Problem -> launch, nothing hidden in between: the same description is executed on a GPU, executed by Triton's
+interpreter on a CPU, recorded on torch's meta device, and cross-compiled for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pi0_engine.kernels.gpu.configs import LaunchConfig, LaunchConfigs
+from pi0_engine.kernels.gpu.target import Target
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and its arguments.
+
+    Attributes:
+        op: the op it belongs to.
+        kernel: a function under ``triton.jit``.
+        grid: programs along each axis.
+        arguments: the kernel's arguments by name: tensors, tensor descriptors, numbers, None, compile-time constants.
+        num_warps, num_stages: of the compiled kernel.
+        pdl: whether it may start before the previous kernel has ended (programmatic dependent launch, sm_90 and newer);
+            it then waits by itself before it reads what that kernel wrote.
+    """
+
+    op: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    pdl: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton takes beside the kernel's own arguments."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "launch_pdl": True} if self.pdl else options
+
+
+def run(launch: Launch) -> None:
+    """Execute on the current CUDA stream, or in Triton's interpreter where TRITON_INTERPRET=1 was set at import."""
+    launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+class Launcher:
+    """What an op's implementation needs to know to launch: the GPU, the launch configurations, and who executes.
+
+    Args:
+        target: the GPU that is launched on, or compiled for.
+        configs: tile sizes by op and shape.
+        execute: takes each :class:`Launch`; :func:`run`, or a list's ``append`` to record.
+    """
+
+    def __init__(self, target: Target, configs: LaunchConfigs, execute: Callable[[Launch], None] = run) -> None:
+        self.target, self._configs, self._execute = target, configs, execute
+
+    def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
+        """The configuration for ``rows`` x ``n`` results from ``k`` products each."""
+        return self._configs.find(op, rows=rows, n=n, k=k)
+
+    def __call__(self, launch: Launch) -> None:
+        self._execute(launch)
