@@ -1,4 +1,8 @@
-"""Stages 3 and 4, one pass each: the action expert over the state token, and over the action tokens of a flow step."""
+"""The action expert over the suffix of one flow step: action tokens and, in the first step, π0's state token.
+
+The state token sees the prefix and itself but no action, so nothing about it changes from step to step: it goes along
+in the first step, and its keys and values stay where they are for the others.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +13,60 @@ from pi0_engine.engine.weights import ActionWeights, DecoderLayerWeights
 from pi0_engine.kernels.registry import Ops
 
 
-def encode_state(
-    ops: Ops, config: GemmaConfig, action: ActionWeights, layers: list[DecoderLayerWeights], space: Workspace
-) -> None:
-    """Run π0's state token once and leave its keys and values in row 0 of the cache.
-
-    It sees the prefix and itself but no action, so nothing about it changes from flow step to flow step. Its last
-    layer stops at keys and values, as the prefix's does.
-    """
-    x, q, mixed, hidden = (space[name] for name in ("state_x", "state_q", "state_mixed", "state_hidden"))
-    ops.linear(space["state"], action.state, action.state_bias, None, out=x)
-    lengths = space.masked(space.cache_lengths)
-    for index, w in enumerate(layers):
-        k, v = space["cache_k"][index], space["cache_v"][index]
-        ops.rmsnorm_qkv_rope(x, w.qkv, None, None, space.rope_table, space.state_positions, q=q, k=k[:, :1], v=v[:, :1])
-        if index == len(layers) - 1:
-            return
-        ops.prefix_attention(q, k, v, lengths, config.head_dim, out=mixed)
-        ops.linear_residual(mixed, w.o, None, None, residual=x)
-        ops.rmsnorm_geglu(x, w.gate_up, None, None, out=hidden)
-        ops.linear_residual(hidden, w.down, None, None, residual=x)
+def embed_state(ops: Ops, action: ActionWeights, space: Workspace) -> None:
+    """``state`` [B, A] -> the last rows of the suffix stream."""
+    out = space.suffix[space.plan.action_rows :]
+    ops.linear(space["state"], action.state, action.state_bias, None, None, out=out, scratch=space.scratch)
 
 
 def embed_actions(ops: Ops, action: ActionWeights, terms: StepTerms, space: Workspace) -> None:
-    """Noisy ``actions`` [N, H, A] -> suffix tokens ``suffix_x`` [N, H, W]; the flow time is in the bias."""
+    """Noisy ``actions`` [N * H, A] -> the first rows of the suffix stream; the flow time is in the bias."""
+    out, scratch, next_scale = space.suffix[: space.plan.action_rows], space.scratch, terms.input_norms[0].scale
+    actions, hidden = space["actions"], space["action_hidden"]
     if action.mlp_out is None:  # π0.5: the time enters through adaRMS instead
-        ops.linear(space["actions"], action.embed, terms.embed_bias, None, out=space["suffix_x"])
+        ops.linear(actions, action.embed, terms.embed_bias, None, next_scale, out=out, scratch=scratch)
         return
-    ops.linear(space["actions"], action.embed, terms.embed_bias, "silu", out=space["action_hidden"])
-    ops.linear(space["action_hidden"], action.mlp_out, action.mlp_out_bias, None, out=space["suffix_x"])
+    ops.linear(actions, action.embed, terms.embed_bias, "silu", None, out=hidden, scratch=scratch)
+    ops.linear(hidden, action.mlp_out, action.mlp_out_bias, None, next_scale, out=out, scratch=scratch)
 
 
 def expert_layer(
-    ops: Ops, config: GemmaConfig, index: int, w: DecoderLayerWeights, terms: StepTerms, space: Workspace
+    ops: Ops, config: GemmaConfig, index: int, w: DecoderLayerWeights, terms: StepTerms, space: Workspace, rows: int
 ) -> None:
-    """One layer over the action tokens, in place on ``suffix_x`` [N, H, W]: five ops."""
-    x, q, mixed, hidden = (space[name] for name in ("suffix_x", "suffix_q", "suffix_mixed", "suffix_hidden"))
-    k, v, norm1, norm2 = space["suffix_k"], space["suffix_v"], terms.input_norms[index], terms.mlp_norms[index]
-    ops.rmsnorm_qkv_rope(x, w.qkv, norm1.scale, norm1.shift, space.rope_table, space.suffix_positions, q=q, k=k, v=v)
-    prefix_k, prefix_v = space["cache_k"][index], space["cache_v"][index]
-    lengths = space.masked(space.cache_lengths)
-    ops.suffix_attention(q, prefix_k, prefix_v, k, v, lengths, config.head_dim, out=mixed)
-    ops.linear_residual(mixed, w.o, None, norm1.gate, residual=x)
-    ops.rmsnorm_geglu(x, w.gate_up, norm2.scale, norm2.shift, out=hidden)
-    ops.linear_residual(hidden, w.down, None, norm2.gate, residual=x)
+    """One layer over the first ``rows`` rows of the suffix stream, in place: four ops."""
+    x, scratch = space.suffix[:rows], space.scratch
+    q, mixed, hidden = (space[name][:rows] for name in ("suffix_q", "suffix_mixed", "suffix_hidden"))
+    k, v = space["suffix_k"][index], space["suffix_v"][index]
+    norm1, norm2, after = terms.input_norms[index], terms.mlp_norms[index], terms.scale_after_layer(index)
+    ops.rmsnorm_qkv_rope(
+        x,
+        w.qkv,
+        norm1.scale,
+        norm1.bias,
+        space.rope_table,
+        space.suffix_positions[:rows],
+        q=q,
+        k=k[:rows],
+        v=v[:rows],
+        scratch=scratch,
+    )
+    per_observation = (space.plan.batch, -1)
+    prefix_k, prefix_v = (space[name][index].unflatten(0, per_observation) for name in ("cache_k", "cache_v"))
+    ops.suffix_attention(
+        q,
+        prefix_k,
+        prefix_v,
+        k,
+        v,
+        space.masked_lengths,
+        space.plan.horizon,
+        space.plan.chunks,
+        config.head_dim,
+        w.gate_up,
+        out=mixed,
+        scratch=scratch,
+    )
+    ops.linear_residual(mixed, w.o, None, norm1.gate, norm2.scale, residual=x, scratch=scratch)
+    ops.rmsnorm_mlp_residual(
+        w.gate_up, w.down, norm2.scale, norm2.bias, norm2.gate, after, hidden=hidden, residual=x, scratch=scratch
+    )

@@ -1,11 +1,11 @@
-"""Stage 4: integrate the flow from noise (t = 1) to actions (t = 0) with Euler steps, in place on ``actions``."""
+"""Stage 3: integrate the flow from noise (t = 1) to actions (t = 0) with Euler steps, in place on ``actions``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from pi0_engine.config import GemmaConfig
-from pi0_engine.engine.expert import embed_actions, expert_layer
+from pi0_engine.engine.expert import embed_actions, embed_state, expert_layer
 from pi0_engine.engine.plan import Workspace
 from pi0_engine.engine.time_terms import StepTerms
 from pi0_engine.engine.weights import ActionWeights, DecoderLayerWeights
@@ -20,9 +20,12 @@ def integrate(
     steps: Sequence[StepTerms],
     space: Workspace,
 ) -> None:
-    """``actions`` [N, H, A]: noise in, the action chunk out."""
-    for terms in steps:
-        flow_step(ops, config, action, layers, terms, space)
+    """``actions`` [N * H, A]: noise in, the action chunks out."""
+    if space.plan.state_rows:
+        embed_state(ops, action, space)
+    for number, terms in enumerate(steps):
+        rows = space.plan.suffix_rows if number == 0 else space.plan.action_rows
+        flow_step(ops, config, action, layers, terms, space, rows)
 
 
 def flow_step(
@@ -32,12 +35,11 @@ def flow_step(
     layers: list[DecoderLayerWeights],
     terms: StepTerms,
     space: Workspace,
+    rows: int,
 ) -> None:
-    """x <- x + dt * velocity(x, t)."""
+    """x <- x + dt * velocity(x, t); the first ``rows`` rows of the suffix go through the expert."""
     embed_actions(ops, action, terms, space)
     for index, layer in enumerate(layers):
-        expert_layer(ops, config, index, layer, terms, space)
-    final = terms.final_norm
-    ops.rmsnorm_linear_euler(
-        space["suffix_x"], terms.out, terms.out_bias, final.scale, final.shift, actions=space["actions"]
-    )
+        expert_layer(ops, config, index, layer, terms, space, rows)
+    x = space.suffix[: space.plan.action_rows]
+    ops.rmsnorm_linear_euler(x, terms.out, terms.out_bias, actions=space["actions"], scratch=space.scratch)

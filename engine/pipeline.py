@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pi0_engine.config import Pi0Config
-from pi0_engine.engine import expert, flow, prefix, vision
+from pi0_engine.engine import flow, prefix, vision
 from pi0_engine.engine.plan import Workspace
 from pi0_engine.engine.time_terms import StepTerms
 from pi0_engine.engine.weights import Weights
 from pi0_engine.kernels.registry import Ops
 
-STAGES = ("vision", "prefix", "state", "flow")
+STAGES = ("vision", "prefix", "flow")
 
 
 def run(
@@ -22,16 +22,30 @@ def run(
     space: Workspace,
     lap: Callable[[str], None],
 ) -> None:
-    """From ``images``, prompt rows of ``prefix_x``, ``state`` and noise in ``actions`` to actions in ``actions``.
+    """From ``patches``, ``prompt``, ``state`` and noise in ``actions`` to actions in ``actions``.
 
-    ``lap`` is called with its name when a stage has been issued. π0.5 has no state token; its lap is empty.
+    ``lap`` is called with its name when a stage has been issued.
     """
+    observe(ops, config, weights, space, lap)
+    sample(ops, config, weights, steps, space, lap)
+
+
+def observe(ops: Ops, config: Pi0Config, weights: Weights, space: Workspace, lap: Callable[[str], None]) -> None:
+    """``patches`` and ``prompt`` -> keys and values of the prefix."""
     vision.embed_images(ops, config.vision, weights.vision, space)
     lap("vision")
     prefix.prefill(ops, config.llm, weights.llm, space)
     lap("prefix")
-    if space.state_rows:
-        expert.encode_state(ops, config.expert, weights.action, weights.expert, space)
-    lap("state")
+
+
+def sample(
+    ops: Ops,
+    config: Pi0Config,
+    weights: Weights,
+    steps: Sequence[StepTerms],
+    space: Workspace,
+    lap: Callable[[str], None],
+) -> None:
+    """Keys and values of the prefix, ``state`` and noise in ``actions`` -> actions in ``actions``."""
     flow.integrate(ops, config.expert, weights.action, weights.expert, steps, space)
     lap("flow")

@@ -6,6 +6,7 @@ buffers that are never alive together over the same bytes; :class:`Workspace` al
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pi0_engine.config import Pi0Config
+from pi0_engine.kernels.stream import Scratch, Stream, sum_blocks
 
 #: The stages in the order in which they run; a buffer lives from one of them to another, both included.
-VISION, PREFIX, STATE, FLOW = range(4)
+VISION, PREFIX, FLOW = range(3)
 #: Buffers start on this boundary: a cache line on CPUs, and what a GPU's 16-byte loads and TMA (128) ask for.
 ALIGNMENT = 256
 
@@ -28,10 +30,13 @@ class ShapePlan:
     Attributes:
         views: present cameras of each observation; absent ones are dropped, not masked.
         prefix: rows reserved for each observation's prefix (images, then prompt).
-        exact: whether every observation fills its rows, so that no length has to be checked.
+        exact: whether every observation fills its rows, so that no length has to be checked. Never so where prompts
+            share a bucket: the plan, and a graph captured for it, must not depend on the instruction.
         samples: candidate chunks per observation; they share its prefix.
         horizon: actions per chunk.
         num_steps: Euler steps. No buffer depends on it, so plans that differ in it alone are equal.
+        patches: image tokens of each view.
+        state_rows: state tokens, one per observation in π0, none in π0.5 (whose prompt holds the state).
     """
 
     views: tuple[int, ...]
@@ -40,6 +45,8 @@ class ShapePlan:
     samples: int
     horizon: int
     num_steps: int = field(compare=False)
+    patches: int
+    state_rows: int
 
     @classmethod
     def of(
@@ -69,8 +76,9 @@ class ShapePlan:
             rows + math.ceil(prompt / prompt_bucket) * prompt_bucket
             for rows, prompt in zip(image_rows, prompt_lengths, strict=True)
         )
-        exact = all(length == prefix for length in lengths)
-        return cls(tuple(views), prefix, exact, samples, horizon, num_steps)
+        exact = prompt_bucket == 1 and all(length == prefix for length in lengths)
+        state_rows = 0 if config.is_pi05 else len(views)
+        return cls(tuple(views), prefix, exact, samples, horizon, num_steps, config.vision.num_patches, state_rows)
 
     @property
     def batch(self) -> int:
@@ -84,6 +92,26 @@ class ShapePlan:
     def chunks(self) -> int:
         """Action chunks computed: one per observation and sample."""
         return self.batch * self.samples
+
+    @property
+    def image_rows(self) -> tuple[int, ...]:
+        """Image tokens at the head of each observation's prefix."""
+        return tuple(views * self.patches for views in self.views)
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows behind the images, of the observation that has most."""
+        return self.prefix - min(self.image_rows)
+
+    @property
+    def action_rows(self) -> int:
+        """Action tokens of all chunks, the first rows of the suffix."""
+        return self.chunks * self.horizon
+
+    @property
+    def suffix_rows(self) -> int:
+        """Action tokens, then state tokens."""
+        return self.action_rows + self.state_rows
 
 
 @dataclass(frozen=True)
@@ -101,50 +129,51 @@ class Buffer:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def state_rows(config: Pi0Config) -> int:
-    """Cache rows in front of the prefix for the state token: 1 in π0, none in π0.5 (whose prompt holds the state)."""
-    return 0 if config.is_pi05 else 1
-
-
 def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list[Buffer]:
     """Every buffer of one inference; ``dtype`` is that of weights and activations.
 
-    The state token's keys and values take row 0 of the cache, in front of the prefix: a row that does not move when
-    the prompt grows. Order is free, because RoPE has put the position into the key.
+    Rows of all images, all observations or all chunks are stacked: a linear layer sees one matrix. The suffix has the
+    action tokens first and the state tokens behind them, so that the rows of every flow step are contiguous.
     """
     f32, vision, llm, expert = torch.float32, config.vision, config.llm, config.expert
-    patches, kv, rows = vision.num_patches, llm.kv_dim, state_rows(config) + plan.prefix
-    batch, chunks, horizon = plan.batch, plan.chunks, plan.horizon
-    buffers = [
-        Buffer("images", (plan.images, vision.image_size, vision.image_size, 3), f32, VISION, VISION),
-        Buffer("vision_x", (plan.images, patches, vision.width), f32, VISION, VISION),
-        Buffer("vision_qkv", (plan.images, patches, 3 * vision.width), dtype, VISION, VISION),
-        Buffer("vision_mixed", (plan.images, patches, vision.width), dtype, VISION, VISION),
-        Buffer("vision_hidden", (plan.images, patches, vision.mlp_dim), dtype, VISION, VISION),
-        Buffer("prefix_x", (batch, plan.prefix, llm.width), f32, VISION, PREFIX),
-        Buffer("prefix_q", (batch, plan.prefix, llm.q_dim), dtype, PREFIX, PREFIX),
-        Buffer("prefix_mixed", (batch, plan.prefix, llm.q_dim), dtype, PREFIX, PREFIX),
-        Buffer("prefix_hidden", (batch, plan.prefix, llm.mlp_dim), dtype, PREFIX, PREFIX),
-        Buffer("cache_k", (llm.depth, batch, rows, kv), dtype, PREFIX, FLOW),
-        Buffer("cache_v", (llm.depth, batch, rows, kv), dtype, PREFIX, FLOW),
-        Buffer("actions", (chunks, horizon, config.action_dim), f32, VISION, FLOW),
-        Buffer("action_hidden", (chunks, horizon, expert.width), f32, FLOW, FLOW),
-        Buffer("suffix_x", (chunks, horizon, expert.width), f32, FLOW, FLOW),
-        Buffer("suffix_q", (chunks, horizon, expert.q_dim), dtype, FLOW, FLOW),
-        Buffer("suffix_k", (chunks, horizon, kv), dtype, FLOW, FLOW),
-        Buffer("suffix_v", (chunks, horizon, kv), dtype, FLOW, FLOW),
-        Buffer("suffix_mixed", (chunks, horizon, expert.q_dim), dtype, FLOW, FLOW),
-        Buffer("suffix_hidden", (chunks, horizon, expert.mlp_dim), dtype, FLOW, FLOW),
+    image_tokens, tokens = plan.images * vision.num_patches, plan.batch * plan.prefix
+    actions, suffix = plan.action_rows, plan.suffix_rows
+    return [
+        Buffer("patches", (image_tokens, vision.patch_dim), f32, VISION, VISION),
+        *_stream_buffers("vision", image_tokens, vision.width, dtype, VISION, VISION, with_sums=True),
+        Buffer("vision_qkv", (image_tokens, 3 * vision.width), dtype, VISION, VISION),
+        Buffer("vision_mixed", (image_tokens, vision.width), dtype, VISION, VISION),
+        Buffer("vision_hidden", (image_tokens, vision.mlp_dim), dtype, VISION, VISION),
+        Buffer("prompt", (plan.batch, plan.prompt_rows, llm.width), f32, VISION, PREFIX),
+        *_stream_buffers("prefix", tokens, llm.width, dtype, VISION, PREFIX),
+        Buffer("prefix_q", (tokens, llm.q_dim), dtype, PREFIX, PREFIX),
+        Buffer("prefix_mixed", (tokens, llm.q_dim), dtype, PREFIX, PREFIX),
+        Buffer("prefix_hidden", (tokens, llm.mlp_dim), dtype, PREFIX, PREFIX),
+        Buffer("cache_k", (llm.depth, tokens, llm.kv_dim), dtype, PREFIX, FLOW),
+        Buffer("cache_v", (llm.depth, tokens, llm.kv_dim), dtype, PREFIX, FLOW),
+        Buffer("state", (plan.state_rows, config.action_dim), f32, VISION, FLOW),
+        Buffer("actions", (actions, config.action_dim), f32, VISION, FLOW),
+        Buffer("action_hidden", (actions, expert.width), f32, FLOW, FLOW),
+        *_stream_buffers("suffix", suffix, expert.width, dtype, FLOW, FLOW),
+        Buffer("suffix_q", (suffix, expert.q_dim), dtype, FLOW, FLOW),
+        Buffer("suffix_k", (expert.depth, suffix, expert.kv_dim), dtype, FLOW, FLOW),
+        Buffer("suffix_v", (expert.depth, suffix, expert.kv_dim), dtype, FLOW, FLOW),
+        Buffer("suffix_mixed", (suffix, expert.q_dim), dtype, FLOW, FLOW),
+        Buffer("suffix_hidden", (suffix, expert.mlp_dim), dtype, FLOW, FLOW),
     ]
-    if state_rows(config):
-        buffers += [
-            Buffer("state", (batch, 1, config.action_dim), f32, VISION, STATE),
-            Buffer("state_x", (batch, 1, expert.width), f32, STATE, STATE),
-            Buffer("state_q", (batch, 1, expert.q_dim), dtype, STATE, STATE),
-            Buffer("state_mixed", (batch, 1, expert.q_dim), dtype, STATE, STATE),
-            Buffer("state_hidden", (batch, 1, expert.mlp_dim), dtype, STATE, STATE),
-        ]
-    return buffers
+
+
+def _stream_buffers(
+    name: str, rows: int, width: int, dtype: torch.dtype, first: int, last: int, *, with_sums: bool = False
+) -> list[Buffer]:
+    """The parts of a :class:`~pi0_engine.kernels.stream.Stream`: ``NAME_x``, ``NAME_rounded``, ..."""
+    sums = Buffer(f"{name}_sums", (rows, sum_blocks(width)), torch.float32, first, last)
+    return [
+        Buffer(f"{name}_x", (rows, width), torch.float32, first, last),
+        Buffer(f"{name}_rounded", (rows, width), dtype, first, last),
+        dataclasses.replace(sums, name=f"{name}_square_sums"),
+        *([sums] if with_sums else []),
+    ]
 
 
 def place_buffers(buffers: Sequence[Buffer]) -> tuple[dict[str, int], int]:
@@ -168,44 +197,52 @@ class Workspace:
     """The buffers of one plan as tensors, plus what depends on the plan alone.
 
     Attributes:
-        lengths, cache_lengths: int64 [B] valid prefix rows, without and with the state row.
-        prefix_positions [B, P], state_positions [B, 1], suffix_positions [B * samples, H]: int64 RoPE positions.
+        vision, prefix, suffix: residual streams [images * patches, W], [B * P, W], [action and state tokens, W].
+        lengths: int32 [B] valid prefix rows; ``masked_lengths`` is the same, or None where every row is valid.
+        prefix_positions [B * P], suffix_positions [action and state tokens]: int32 RoPE positions.
         rope_table: float32 [positions, head_dim], cosines then sines.
+        scratch: working memory of the ops, shared by all plans of an engine.
     """
 
-    def __init__(self, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, device: torch.device, scratch: Scratch
+    ) -> None:
         buffers = plan_buffers(config, plan, dtype)
         offsets, size = place_buffers(buffers)
-        self.plan = plan
+        self.plan, self.scratch = plan, scratch
         self.arena = torch.zeros(size, dtype=torch.uint8, device=device)
         self._tensors = {
             b.name: self.arena[offsets[b.name] : offsets[b.name] + b.nbytes].view(b.dtype).view(b.shape)
             for b in buffers
         }
-        self.state_rows = state_rows(config)
-        self.lengths = torch.zeros(plan.batch, dtype=torch.int64, device=device)
-        self.cache_lengths = torch.zeros_like(self.lengths)
-        self.prefix_positions = torch.arange(plan.prefix, device=device).expand(plan.batch, -1)
-        self.state_positions = torch.zeros(plan.batch, 1, dtype=torch.int64, device=device)
-        self.suffix_positions = torch.zeros(plan.chunks, plan.horizon, dtype=torch.int64, device=device)
-        positions = plan.prefix + self.state_rows + plan.horizon
+        self.vision, self.prefix, self.suffix = (self._stream(name) for name in ("vision", "prefix", "suffix"))
+        self.lengths = torch.zeros(plan.batch, dtype=torch.int32, device=device)
+        self.masked_lengths = None if plan.exact else self.lengths
+        self.prefix_positions = torch.arange(plan.prefix, dtype=torch.int32, device=device).repeat(plan.batch)
+        self.suffix_positions = torch.zeros(plan.suffix_rows, dtype=torch.int32, device=device)
+        # Relative to the observation's prefix: the state token comes first, the actions follow.
+        after_state = torch.arange(plan.horizon, dtype=torch.int32) + (1 if plan.state_rows else 0)
+        self._suffix_offsets = torch.cat([after_state.repeat(plan.chunks), torch.zeros(plan.state_rows)]).int()
+        self._observation_of = torch.cat(
+            [
+                torch.arange(plan.batch).repeat_interleave(plan.samples * plan.horizon),
+                torch.arange(plan.batch)[: plan.state_rows],
+            ]
+        )
+        positions = plan.prefix + plan.horizon + 1
         self.rope_table = rope_table(positions, config.llm.head_dim).to(device)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Take int64 [B] valid prefix rows; every position behind the prefix follows from them."""
-        self.lengths.copy_(lengths)
-        self.cache_lengths.copy_(self.lengths + self.state_rows)
-        self.state_positions.copy_(self.lengths[:, None])
-        starts = self.cache_lengths.repeat_interleave(self.plan.samples)
-        steps = torch.arange(self.plan.horizon, device=starts.device)
-        self.suffix_positions.copy_(starts[:, None] + steps)
+    def _stream(self, name: str) -> Stream:
+        parts = ("x", "rounded", "square_sums", "sums")
+        return Stream(**{part: self._tensors[f"{name}_{part}"] for part in parts if f"{name}_{part}" in self._tensors})
 
-    def masked(self, lengths: Tensor) -> Tensor | None:
-        """``lengths`` for an attention op, or None where the plan says that every row is valid."""
-        return None if self.plan.exact else lengths
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Take valid prefix rows, int [B] on the host; every position behind the prefix follows from them."""
+        self.lengths.copy_(lengths)
+        self.suffix_positions.copy_(self._suffix_offsets + lengths[self._observation_of])
 
 
 def rope_table(positions: int, head_dim: int) -> Tensor:

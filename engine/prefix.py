@@ -12,22 +12,49 @@ from pi0_engine.kernels.registry import Ops
 
 
 def prefill(ops: Ops, config: GemmaConfig, layers: list[DecoderLayerWeights], space: Workspace) -> None:
-    """Read ``prefix_x`` [B, P, width] (overwritten), fill ``cache_k`` and ``cache_v`` behind the state row."""
+    """Put ``prompt`` behind the images of the prefix stream (overwritten), fill ``cache_k`` and ``cache_v``."""
+    embed_prompts(ops, space)
     for index, layer in enumerate(layers):
         prefix_layer(ops, config, index, layer, space)
 
 
+def embed_prompts(ops: Ops, space: Workspace) -> None:
+    """The rows of each observation that follow its images."""
+    rows = space.plan.prefix
+    for b, start in enumerate(space.plan.image_rows):
+        if start < rows:
+            own = space.prefix[b * rows + start : (b + 1) * rows]
+            ops.embed_prompt(space["prompt"][b], start, space.lengths[b : b + 1], out=own)
+
+
 def prefix_layer(ops: Ops, config: GemmaConfig, index: int, w: DecoderLayerWeights, space: Workspace) -> None:
     """One language-model layer: five ops; the last layer only its first."""
-    x, q, mixed, hidden = (space[name] for name in ("prefix_x", "prefix_q", "prefix_mixed", "prefix_hidden"))
-    k, v = (space[name][index, :, space.state_rows :] for name in ("cache_k", "cache_v"))
-    read_queries = w.o is not None
+    x, scratch = space.prefix, space.scratch
+    q, mixed, hidden = (space[name] for name in ("prefix_q", "prefix_mixed", "prefix_hidden"))
+    k, v = space["cache_k"][index], space["cache_v"][index]
+    last = w.o is None
     ops.rmsnorm_qkv_rope(
-        x, w.qkv, None, None, space.rope_table, space.prefix_positions, q=q if read_queries else None, k=k, v=v
+        x,
+        w.qkv,
+        None,
+        None,
+        space.rope_table,
+        space.prefix_positions,
+        q=None if last else q,
+        k=k,
+        v=v,
+        scratch=scratch,
     )
-    if not read_queries:
+    if last:
         return
-    ops.prefix_attention(q, k, v, space.masked(space.lengths), config.head_dim, out=mixed)
-    ops.linear_residual(mixed, w.o, None, None, residual=x)
-    ops.rmsnorm_geglu(x, w.gate_up, None, None, out=hidden)
-    ops.linear_residual(hidden, w.down, None, None, residual=x)
+    per_observation = (space.plan.batch, -1)
+    ops.prefix_attention(
+        *(tensor.unflatten(0, per_observation) for tensor in (q, k, v)),
+        space.masked_lengths,
+        config.head_dim,
+        out=mixed.unflatten(0, per_observation),
+        scratch=scratch,
+    )
+    ops.linear_residual(mixed, w.o, None, None, None, residual=x, scratch=scratch)
+    ops.rmsnorm_geglu(x, w.gate_up, None, None, out=hidden, scratch=scratch)
+    ops.linear_residual(hidden, w.down, None, None, None, residual=x, scratch=scratch)

@@ -19,6 +19,7 @@ from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.gemm import cpu_computes_bfloat16
 from pi0_engine.kernels.registry import Ops, select_ops
+from pi0_engine.kernels.stream import Scratch
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ class Engine:
         self.dtype, self.dtype_reason = resolve_dtype(self.engine_config.dtype, self.device)
         self.ops: Ops = select_ops(self.engine_config.backend, self.device)
         self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
-        self.time_terms = TimeTerms(source, self.device)
+        self.time_terms = TimeTerms(source, self.weights.expert, self.device)
         self.time_terms(self.config.num_steps)
+        self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
         self._workspaces: OrderedDict[ShapePlan, Workspace] = OrderedDict()
 
     def infer(self, inputs: ModelInputs, noise: Tensor, *, num_steps: int | None = None) -> Inference:
@@ -92,7 +94,9 @@ class Engine:
         if plan not in self._workspaces:
             while len(self._workspaces) >= self.engine_config.max_plans:
                 self._workspaces.popitem(last=False)
-            self._workspaces[plan] = Workspace(self.config, plan, self.dtype, self.device)
+            self._workspaces[plan] = Workspace(
+                self.config, plan, self.dtype, self.device, self.scratch
+            )
             log.debug("new plan %s: %.1f MB of buffers", plan, self._workspaces[plan].arena.numel() / 1e6)
         self._workspaces.move_to_end(plan)
         return self._workspaces[plan]
@@ -110,18 +114,14 @@ class Engine:
 
     def _load(self, inputs: ModelInputs, noise: Tensor, space: Workspace) -> None:
         """Copy present cameras, prompt embeddings, state and noise into the buffers, without gaps."""
-        space["images"].copy_(inputs.images[inputs.image_masks])
-        space["actions"].copy_(noise.flatten(0, 1))
-        if space.state_rows:
-            space["state"].copy_(inputs.state[:, None, :])
-        image_rows = inputs.image_masks.sum(dim=1) * self.config.vision.num_patches
+        space["patches"].copy_(cut_patches(inputs.images[inputs.image_masks], self.config.vision.patch_size))
+        space["actions"].copy_(noise.flatten(0, 2))
+        if space.plan.state_rows:
+            space["state"].copy_(inputs.state)
         prompt_rows = inputs.token_mask.sum(dim=1)
-        space.set_lengths(image_rows + prompt_rows)
-        for row, tokens, start, count in zip(
-            space["prefix_x"], inputs.tokens, image_rows.tolist(), prompt_rows.tolist(), strict=True
-        ):
-            row[start : start + count].copy_(self._embed(tokens[:count]))
-            row[start + count :].zero_()
+        space.set_lengths(torch.tensor(space.plan.image_rows) + prompt_rows)
+        for row, tokens, count in zip(space["prompt"], inputs.tokens, prompt_rows.tolist(), strict=True):
+            row[:count].copy_(self._embed(tokens[:count]))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""
@@ -134,6 +134,14 @@ class Engine:
             raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}, expected {expected}")
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise contains NaN or infinity")
+
+
+def cut_patches(images: Tensor, patch: int) -> Tensor:
+    """images [N, S, S, 3] -> [N * (S / patch)^2, patch * patch * 3], patches row-major, pixels too, channel fastest."""
+    count, size, _, channels = images.shape
+    grid = size // patch
+    tiles = images.reshape(count, grid, patch, grid, patch, channels).transpose(2, 3)
+    return tiles.reshape(count * grid * grid, patch * patch * channels)
 
 
 class _StageClock:

@@ -1,7 +1,7 @@
 """Everything in a flow step that depends on the flow time alone, computed once per number of steps.
 
-π0: the time half of ``action_time_mlp_in``, a bias vector per step. π0.5: adaRMS scale, shift and gate of every layer
-and step. Both: the step size dt, folded into the output projection.
+π0: the time half of ``action_time_mlp_in``, a bias vector per step. π0.5: adaRMS scale and gate of every layer and
+step, and its shift times the linear layer behind it. Both: the step size dt, folded into the output projection.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0_engine.engine.weights import TensorSource
+from pi0_engine.engine.weights import DecoderLayerWeights, TensorSource
 
+#: Rows of a packed weight that are widened to float32 at a time: 8 MB of a full-size expert.
+_ROWS = 2048
 #: How many different step counts are kept before the oldest is recomputed.
 _KEPT = 4
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """adaRMS of one norm in one step, float32 [W] each; ``scale`` is 1 + the raw scale. All None in π0."""
+    """adaRMS of one norm in one step, float32. All None in π0.
+
+    ``scale`` [W] is 1 + the raw scale; ``bias`` [N] is the shift behind the linear layer that follows; ``gate`` [W].
+    """
 
     scale: Tensor | None = None
-    shift: Tensor | None = None
+    bias: Tensor | None = None
     gate: Tensor | None = None
 
 
@@ -35,15 +40,18 @@ class StepTerms:
     """What one flow step adds to the weights.
 
     ``embed_bias`` float32 [W]; ``input_norms`` and ``mlp_norms`` one :class:`Modulation` per layer; ``out`` [A, W] and
-    ``out_bias`` [A] float32, the final norm (π0) and dt folded in.
+    ``out_bias`` [A] float32, the final norm and dt folded in.
     """
 
     embed_bias: Tensor
     input_norms: tuple[Modulation, ...]
     mlp_norms: tuple[Modulation, ...]
-    final_norm: Modulation
     out: Tensor
     out_bias: Tensor
+
+    def scale_after_layer(self, index: int) -> Tensor | None:
+        """adaRMS scale of the norm that reads what layer ``index`` wrote; the final norm's is in ``out``."""
+        return self.input_norms[index + 1].scale if index + 1 < len(self.input_norms) else None
 
 
 def flow_grid(num_steps: int) -> tuple[list[float], float]:
@@ -69,13 +77,13 @@ def time_embedding(times: list[float], width: int) -> Tensor:
 class TimeTerms:
     """Makes and keeps the :class:`StepTerms` of the step counts in use.
 
-    They take a few kilobytes per step in π0 and 0.46 MB per step in full-size π0.5. The weights that only they need
+    They take a few kilobytes per step in π0 and 1.2 MB per step in full-size π0.5. The weights that only they need
     (π0.5's 37 adaRMS projections, 0.46 GB in float32) are read from the source when a new step count is asked for, and
     not kept.
     """
 
-    def __init__(self, source: TensorSource, device: torch.device) -> None:
-        self._source, self._config, self._device = source, source.config, device
+    def __init__(self, source: TensorSource, layers: list[DecoderLayerWeights], device: torch.device) -> None:
+        self._source, self._config, self._layers, self._device = source, source.config, layers, device
         self._known: OrderedDict[int, tuple[StepTerms, ...]] = OrderedDict()
 
     def __call__(self, num_steps: int) -> tuple[StepTerms, ...]:
@@ -98,15 +106,20 @@ class TimeTerms:
             plain = (Modulation(),) * depth
             biases = self._pi0_biases(embedding).to(self._device)
             out, out_bias = out.to(self._device), out_bias.to(self._device)
-            return tuple(StepTerms(bias, plain, plain, Modulation(), out, out_bias) for bias in biases)
+            return tuple(StepTerms(bias, plain, plain, out, out_bias) for bias in biases)
         cond = F.silu(self._linear("time_mlp_out", F.silu(self._linear("time_mlp_in", embedding))))
-        inputs = [self._modulations(f"expert.layers.{i}.input_norm", cond) for i in range(depth)]
-        mlps = [self._modulations(f"expert.layers.{i}.post_attention_norm", cond) for i in range(depth)]
-        finals = self._modulations("expert.norm", cond)
+        inputs, mlps = [], []
+        for index, layer in enumerate(self._layers):
+            assert layer.gate_up is not None
+            name = f"expert.layers.{index}"
+            inputs.append(self._modulations(f"{name}.input_norm", cond, layer.qkv))
+            mlps.append(self._modulations(f"{name}.post_attention_norm", cond, layer.gate_up))
+        scale, shift, _ = self._linear("expert.norm.dense", cond).chunk(3, dim=-1)
+        outs = (out * (1.0 + scale)[:, None, :]).to(self._device)
+        out_biases = (F.linear(shift, out) + out_bias).to(self._device)
         bias = self._read("action_in_proj.bias").to(self._device)
-        out, out_bias = out.to(self._device), out_bias.to(self._device)
         return tuple(
-            StepTerms(bias, tuple(m[s] for m in inputs), tuple(m[s] for m in mlps), finals[s], out, out_bias)
+            StepTerms(bias, tuple(m[s] for m in inputs), tuple(m[s] for m in mlps), outs[s], out_biases[s])
             for s in range(num_steps)
         )
 
@@ -118,12 +131,11 @@ class TimeTerms:
         from_time = embedding.double() @ weight[:, width:].T
         return (from_time + from_actions + self._read("action_time_mlp_in.bias").double()).float()
 
-    def _modulations(self, norm: str, cond: Tensor) -> list[Modulation]:
-        """One norm's modulation per step, from cond [steps, W]."""
-        modulation = self._linear(f"{norm}.dense", cond)
-        modulation[:, : cond.shape[1]] += 1.0
-        rows = modulation.to(self._device).unflatten(-1, (3, -1))
-        return [Modulation(*row.unbind(0)) for row in rows]
+    def _modulations(self, norm: str, cond: Tensor, weight: Tensor) -> list[Modulation]:
+        """One norm's modulation per step, from cond [steps, W]; ``weight`` [N, W] is the linear layer behind it."""
+        scale, shift, gate = self._linear(f"{norm}.dense", cond).to(self._device).chunk(3, dim=-1)
+        bias = torch.cat([F.linear(shift, rows.float()) for rows in weight.split(_ROWS)], dim=-1)
+        return [Modulation(*terms) for terms in zip(1.0 + scale, bias, gate.contiguous(), strict=True)]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self._read(f"{name}.weight"), self._read(f"{name}.bias"))

@@ -5,7 +5,7 @@ The stages run as they are, on tensors of torch's "meta" device, so a full-size 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,11 @@ from pi0_engine.engine.pipeline import run
 from pi0_engine.engine.plan import ShapePlan, Workspace
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import pack_weights
-from pi0_engine.kernels.registry import Cost, OpFunction, Ops, all_ops
+from pi0_engine.kernels.gpu.configs import configs_for
+from pi0_engine.kernels.gpu.launch import Launch, Launcher
+from pi0_engine.kernels.gpu.target import Target
+from pi0_engine.kernels.registry import Cost, OpFunction, Ops, all_ops, select_ops
+from pi0_engine.kernels.stream import Scratch, Stream
 from pi0_engine.parameters import parameter_shapes
 
 
@@ -50,7 +54,8 @@ class TracingOps(Ops):
 
         def record(*args: Any, **kwargs: Any) -> None:
             named = [(str(i), a) for i, a in enumerate(args)] + list(kwargs.items())
-            shapes = tuple((n, tuple(a.shape), a.dtype) for n, a in named if isinstance(a, Tensor))
+            tensors = [pair for name, value in named for pair in _tensors(name, value)]
+            shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
             self.calls.append(Call("", name, entry.cost(*args, **kwargs), shapes))
             if ops is not None:
                 getattr(ops, name)(*args, **kwargs)
@@ -60,12 +65,28 @@ class TracingOps(Ops):
 
 def count_work(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list[Call]:
     """Every op call of one inference of these lengths, in order."""
+    tracer = TracingOps()
+    _run_on_meta(tracer, config, plan, dtype, tracer.lap)
+    return tracer.calls
+
+
+def record_launches(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, target: Target) -> list[Launch]:
+    """Every kernel launch of one inference of these lengths on a GPU, in order, with its shipped configuration."""
+    launches: list[Launch] = []
+    configs, _ = configs_for(target.arch)
+    ops = select_ops("triton", torch.device("meta"), Launcher(target, configs, launches.append))
+    _run_on_meta(ops, config, plan, dtype, lambda stage: None)
+    return launches
+
+
+def _run_on_meta(
+    ops: Ops, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, lap: Callable[[str], None]
+) -> None:
     source, meta = _ShapesOnly(config), torch.device("meta")
     weights = pack_weights(source, dtype, meta)
-    steps = TimeTerms(source, meta)(plan.num_steps)
-    tracer = TracingOps()
-    run(tracer, config, weights, steps, Workspace(config, plan, dtype, meta), tracer.lap)
-    return tracer.calls
+    steps = TimeTerms(source, weights.expert, meta)(plan.num_steps)
+    scratch = Scratch.allocate(meta, needed=True)
+    run(ops, config, weights, steps, Workspace(config, plan, dtype, meta, scratch), lap)
 
 
 def work_per_stage(calls: list[Call]) -> Mapping[str, Cost]:
@@ -74,6 +95,13 @@ def work_per_stage(calls: list[Call]) -> Mapping[str, Cost]:
     for call in calls:
         totals[call.stage] = totals.get(call.stage, Cost(0, 0)) + call.cost
     return totals
+
+
+def _tensors(name: str, value: object) -> list[tuple[str, Tensor]]:
+    """A tensor argument, or the parts of a stream as ``NAME.PART``."""
+    if isinstance(value, Stream):
+        return [(f"{name}.{part}", tensor) for part, tensor in value.tensors.items()]
+    return [(name, value)] if isinstance(value, Tensor) else []
 
 
 class _ShapesOnly:

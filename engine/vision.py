@@ -9,27 +9,34 @@ from pi0_engine.kernels.registry import Ops
 
 
 def embed_images(ops: Ops, config: SiglipConfig, weights: VisionWeights, space: Workspace) -> None:
-    """Read ``images`` [N, S, S, 3], write the first rows of ``prefix_x`` [B, P, width]."""
+    """Read ``patches`` [N * n, p * p * 3], begin the prefix stream [B * P, width] with each observation's images."""
     if space.plan.images == 0:
         return
-    x = space["vision_x"]
-    ops.patch_embed(space["images"], weights.patch, weights.position, out=x)
+    x, patches = space.vision, config.num_patches
+    ops.patch_embed(space["patches"], weights.patch, weights.position, out=x, scratch=space.scratch)
     for layer in weights.layers:
         vision_layer(ops, config, layer, space)
     first = 0
-    for row, views in zip(space["prefix_x"], space.plan.views, strict=True):
+    for row, views in enumerate(space.plan.views):
         if views == 0:
             continue
-        tokens = row[: views * config.num_patches].view(views, config.num_patches, -1)
-        ops.layernorm_linear(x[first : first + views], weights.projector, weights.projector_bias, None, out=tokens)
-        first += views
+        images, start = x[first : first + views * patches], row * space.plan.prefix
+        tokens = space.prefix[start : start + views * patches]
+        ops.layernorm_linear(
+            images, weights.projector, weights.projector_bias, None, out=tokens, scratch=space.scratch
+        )
+        first += views * patches
 
 
 def vision_layer(ops: Ops, config: SiglipConfig, w: VisionLayerWeights, space: Workspace) -> None:
-    """One encoder layer, in place on ``vision_x`` [N, patches, width]: five ops."""
-    x, qkv, mixed, hidden = (space[name] for name in ("vision_x", "vision_qkv", "vision_mixed", "vision_hidden"))
-    ops.layernorm_linear(x, w.qkv, w.qkv_bias, None, out=qkv)
-    ops.vision_attention(qkv, config.num_heads, out=mixed)
-    ops.linear_residual(mixed, w.out, w.out_bias, None, residual=x)
-    ops.layernorm_linear(x, w.fc1, w.fc1_bias, "gelu", out=hidden)
-    ops.linear_residual(hidden, w.fc2, w.fc2_bias, None, residual=x)
+    """One encoder layer, in place on the vision stream [N * n, width]: five ops."""
+    x, scratch = space.vision, space.scratch
+    qkv, mixed, hidden = (space[name] for name in ("vision_qkv", "vision_mixed", "vision_hidden"))
+    per_image = (-1, config.num_patches)
+    ops.layernorm_linear(x, w.qkv, w.qkv_bias, None, out=qkv, scratch=scratch)
+    ops.vision_attention(
+        qkv.unflatten(0, per_image), config.num_heads, out=mixed.unflatten(0, per_image), scratch=scratch
+    )
+    ops.linear_residual(mixed, w.out, w.out_bias, None, None, residual=x, scratch=scratch)
+    ops.layernorm_linear(x, w.fc1, w.fc1_bias, "gelu", out=hidden, scratch=scratch)
+    ops.linear_residual(hidden, w.fc2, w.fc2_bias, None, None, residual=x, scratch=scratch)

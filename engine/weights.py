@@ -167,13 +167,17 @@ class _Packer:
         return self.store(patch, f32), self.store(position, f32), projector, projector_bias
 
     def after_layernorm(self, linears: list[str], norm: str) -> tuple[Tensor, Tensor]:
-        """Stacked linears with the LayerNorm in front folded in: W diag(w), and b + W b_norm."""
+        """Stacked linears with the LayerNorm in front folded in: W diag(w) less each row's mean, and b + W b_norm.
+
+        A row of mean 0 does not see the mean of what it multiplies, so nobody has to subtract that one.
+        """
         scale, shift = self.f32(f"{norm}.weight"), self.f32(f"{norm}.bias")
         packed, parts = self.empty_stack([f"{name}.weight" for name in linears])
         biases = []
         for name, part in zip(linears, parts, strict=True):
             weight = self.f32(f"{name}.weight")
-            _fill(part, weight, scale)
+            scaled = weight * scale
+            part.copy_(scaled.sub_(scaled.mean(dim=1, keepdim=True)))
             biases.append(self.f32(f"{name}.bias") + weight @ shift)
         return packed, self.store(torch.cat(biases), torch.float32)
 

@@ -1,4 +1,4 @@
-"""Linear layers without a norm in front: plain, and added to the residual stream."""
+"""Linear layers without a norm in front: plain, at the start of a residual stream, and added to one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pi0_engine.kernels.gemm import gemm
 from pi0_engine.kernels.registry import Cost, nbytes, op
+from pi0_engine.kernels.stream import Scratch, Stream
 
 
 def gemm_flops(rows_of: Tensor, weight: Tensor) -> float:
@@ -14,26 +15,84 @@ def gemm_flops(rows_of: Tensor, weight: Tensor) -> float:
     return 2.0 * (rows_of.numel() // rows_of.shape[-1]) * weight.shape[0] * weight.shape[1]
 
 
-def _linear_cost(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, out: Tensor) -> Cost:
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, out))
+def stream_bytes(stream: Stream) -> int:
+    """What writing every part of a stream moves."""
+    return nbytes(*stream.tensors.values())
 
 
-@op(cost=_linear_cost)
-def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, out: Tensor) -> None:
-    """out [..., N] = activation(x [..., K] @ weight [N, K]^T + bias [N]); activation None or "silu"."""
+def output_bytes(out: Tensor | Stream) -> int:
+    return stream_bytes(out) if isinstance(out, Stream) else nbytes(out)
+
+
+def store(y: Tensor, out: Tensor | Stream, next_scale: Tensor | None = None) -> None:
+    """``y`` as it is, or as the beginning of a residual stream."""
+    if isinstance(out, Stream):
+        out.write(y, next_scale)
+    else:
+        out.copy_(y)
+
+
+def _linear_cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str | None,
+    next_scale: Tensor | None,
+    *,
+    out: Tensor | Stream,
+    scratch: Scratch,
+) -> Cost:
+    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, next_scale) + output_bytes(out))
+
+
+@op(cost=_linear_cost, triton="gpu.linear")
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str | None,
+    next_scale: Tensor | None,
+    *,
+    out: Tensor | Stream,
+    scratch: Scratch,
+) -> None:
+    """out [rows, N] = activation(x [rows, K] @ weight [N, K]^T + bias [N]); activation None or "silu".
+
+    ``out`` may begin a residual stream; ``next_scale`` float32 [N] is then the next norm's adaRMS scale, or None.
+    """
     assert activation in (None, "silu"), activation
     y = gemm(x, weight, bias)
-    out.copy_(F.silu(y) if activation == "silu" else y)
+    store(F.silu(y) if activation == "silu" else y, out, next_scale)
 
 
 def _linear_residual_cost(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, *, residual: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    next_scale: Tensor | None,
+    *,
+    residual: Stream,
+    scratch: Scratch,
 ) -> Cost:
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, gate, residual, residual))
+    moved = nbytes(x, weight, bias, gate, next_scale, residual.x) + stream_bytes(residual)
+    return Cost(gemm_flops(x, weight), moved)
 
 
-@op(cost=_linear_residual_cost)
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, *, residual: Tensor) -> None:
-    """residual [..., N] += gate [N] * (x [..., K] @ weight [N, K]^T + bias [N]). ``gate`` is adaRMS's, or None."""
+@op(cost=_linear_residual_cost, triton="gpu.linear")
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    next_scale: Tensor | None,
+    *,
+    residual: Stream,
+    scratch: Scratch,
+) -> None:
+    """residual [rows, N] += gate [N] * (x [rows, K] @ weight [N, K]^T + bias [N]). ``gate`` is adaRMS's, or None.
+
+    ``next_scale`` float32 [N] is the adaRMS scale of the norm that reads the stream next, or None.
+    """
     y = gemm(x, weight, bias)
-    residual.add_(y if gate is None else y * gate)
+    residual.write(residual.x + (y if gate is None else y * gate), next_scale)

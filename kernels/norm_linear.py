@@ -1,10 +1,13 @@
 """A norm and the linear layers that read it, as one op.
 
-The norm's own weight is folded into the linear weight when the engine is built, so that only the row statistics are
-left to do here: subtract the mean (LayerNorm) and divide by the root mean square. adaRMS (π0.5) has no constant
-weight to fold; its ``scale`` and ``shift`` come in as vectors that depend on the flow step.
+The norm's own weight is folded into the linear weight when the engine is built; LayerNorm's mean too, because a weight
+row whose mean is subtracted does not see it. What is left is a factor per row: 1 / rms, or 1 / standard deviation.
+adaRMS (π0.5) has no constant weight to fold: its ``scale`` [K] depends on the flow step, and its shift comes in as
+``bias`` [N], already multiplied by the linear weight.
 
-Shapes: x [..., n, K]; weight [N, K]; scale and shift [K] or None.
+x is a :class:`~pi0_engine.kernels.stream.Stream` of [rows, K]. The meanings below read its float32 part and normalise
+before they round; a GPU kernel multiplies the rounded part (which holds the scale already) and applies the factor to
+the result.
 """
 
 from __future__ import annotations
@@ -14,111 +17,165 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0_engine.kernels.gemm import gemm
-from pi0_engine.kernels.linear import gemm_flops
+from pi0_engine.kernels.linear import gemm_flops, linear_residual, output_bytes, store, stream_bytes
 from pi0_engine.kernels.registry import Cost, nbytes, op
+from pi0_engine.kernels.stream import Scratch, Stream
 
 NORM_EPS = 1e-6
 
 
-def rms_normalize(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """x / rms(x), times scale, plus shift; float32. ``scale`` is already 1 + adaRMS's raw scale."""
-    x = x.float()
+def rms_normalize(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x / rms(x), times scale; float32. ``scale`` is already 1 + adaRMS's raw scale."""
     normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
-    if scale is None:
-        return normed
-    assert shift is not None
-    return torch.addcmul(shift, normed, scale)
+    return normed if scale is None else normed * scale
 
 
-def _layernorm_linear_cost(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, out: Tensor) -> Cost:
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, out))
+def _read_bytes(x: Stream) -> int:
+    return nbytes(x.rounded, x.square_sums, x.sums)
 
 
-@op(cost=_layernorm_linear_cost)
-def layernorm_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, out: Tensor) -> None:
-    """out [..., N] = activation(layernorm(x) @ weight^T + bias); activation None or "gelu" (tanh form)."""
+def _layernorm_linear_cost(
+    x: Stream, weight: Tensor, bias: Tensor, activation: str | None, *, out: Tensor | Stream, scratch: Scratch
+) -> Cost:
+    return Cost(gemm_flops(x.x, weight), _read_bytes(x) + nbytes(weight, bias) + output_bytes(out))
+
+
+@op(cost=_layernorm_linear_cost, triton="gpu.linear")
+def layernorm_linear(
+    x: Stream, weight: Tensor, bias: Tensor, activation: str | None, *, out: Tensor | Stream, scratch: Scratch
+) -> None:
+    """out [rows, N] = activation(layernorm(x) @ weight^T + bias); activation None or "gelu" (tanh form).
+
+    Every row of ``weight`` [N, K] has mean 0. ``out`` may begin a residual stream.
+    """
     assert activation in (None, "gelu"), activation
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(weight.dtype)
+    normed = F.layer_norm(x.x, x.x.shape[-1:], eps=NORM_EPS).to(weight.dtype)
     y = gemm(normed, weight, bias)
-    out.copy_(F.gelu(y, approximate="tanh") if activation == "gelu" else y)
+    store(F.gelu(y, approximate="tanh") if activation == "gelu" else y, out)
 
 
 def _rmsnorm_qkv_rope_cost(
-    x: Tensor,
+    x: Stream,
     weight: Tensor,
     scale: Tensor | None,
-    shift: Tensor | None,
+    bias: Tensor | None,
     rope_table: Tensor,
     positions: Tensor,
     *,
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
+    scratch: Scratch,
 ) -> Cost:
     rows_of_table = positions.numel() * rope_table.shape[-1] * rope_table.element_size()
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, scale, shift, q, k, v) + rows_of_table)
+    return Cost(gemm_flops(x.x, weight), _read_bytes(x) + nbytes(weight, bias, q, k, v) + rows_of_table)
 
 
-@op(cost=_rmsnorm_qkv_rope_cost)
+@op(cost=_rmsnorm_qkv_rope_cost, triton="gpu.paired")
 def rmsnorm_qkv_rope(
-    x: Tensor,
+    x: Stream,
     weight: Tensor,
     scale: Tensor | None,
-    shift: Tensor | None,
+    bias: Tensor | None,
     rope_table: Tensor,
     positions: Tensor,
     *,
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
+    scratch: Scratch,
 ) -> None:
-    """Project a normed x [B, n, K] to queries, keys and values, rotate queries and keys, write keys and values.
+    """Project a normed x to queries, keys and values, rotate queries and keys, write keys and values.
 
     ``weight`` stacks the rows of q, k, v; for the language model's last layer, whose queries nobody reads, ``q`` is
     None and the weight holds only k and v. ``rope_table`` float32 [positions, head_dim] holds cosines, then sines, of
-    each position; ``positions`` int [B, n]. Outputs q [B, n, heads * head_dim], k and v [B, n, kv_heads * head_dim].
+    each position; ``positions`` int [rows]. Outputs q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim].
     """
-    normed = rms_normalize(x, scale, shift).to(weight.dtype)
-    y = gemm(normed, weight)
+    normed = rms_normalize(x.x, scale).to(weight.dtype)
+    y = gemm(normed, weight, bias)
     kv_dim = k.shape[-1]
     cos, sin = rope_table[positions].to(y.dtype).chunk(2, dim=-1)
     if q is not None:
-        _rotate(y[..., : q.shape[-1]], cos, sin, q)
-    _rotate(y[..., -2 * kv_dim : -kv_dim], cos, sin, k)
-    v.copy_(y[..., -kv_dim:])
+        _rotate(y[:, : q.shape[-1]], cos, sin, q)
+    _rotate(y[:, -2 * kv_dim : -kv_dim], cos, sin, k)
+    v.copy_(y[:, -kv_dim:])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """RoPE in half-split form on each head of x [B, n, heads * hd], with cos and sin [B, n, hd / 2]."""
+    """RoPE in half-split form on each head of x [rows, heads * hd], with cos and sin [rows, hd / 2]."""
     half = cos.shape[-1]
     x1, x2 = x.unflatten(-1, (-1, 2, half)).unbind(dim=-2)
     y1, y2 = out.unflatten(-1, (-1, 2, half)).unbind(dim=-2)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    cos, sin = cos[:, None], sin[:, None]
     y1.copy_(x1 * cos - x2 * sin)
     y2.copy_(x2 * cos + x1 * sin)
 
 
-def _rmsnorm_geglu_cost(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *, out: Tensor) -> Cost:
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, scale, shift, out))
+def _rmsnorm_geglu_cost(
+    x: Stream, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *, out: Tensor, scratch: Scratch
+) -> Cost:
+    return Cost(gemm_flops(x.x, weight), _read_bytes(x) + nbytes(weight, bias, out))
 
 
-@op(cost=_rmsnorm_geglu_cost)
-def rmsnorm_geglu(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *, out: Tensor) -> None:
-    """out [..., F] = gelu_tanh(normed @ gate^T) * (normed @ up^T), where ``weight`` [2F, K] stacks gate, then up."""
-    normed = rms_normalize(x, scale, shift).to(weight.dtype)
-    gate, up = gemm(normed, weight).chunk(2, dim=-1)
+@op(cost=_rmsnorm_geglu_cost, triton="gpu.paired")
+def rmsnorm_geglu(
+    x: Stream, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *, out: Tensor, scratch: Scratch
+) -> None:
+    """out [rows, F] = gelu_tanh(normed @ gate^T) * (normed @ up^T), where ``weight`` [2F, K] stacks gate, then up."""
+    normed = rms_normalize(x.x, scale).to(weight.dtype)
+    gate, up = gemm(normed, weight, bias).chunk(2, dim=-1)
     torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
 
 
-def _rmsnorm_linear_euler_cost(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, *, actions: Tensor
+def _rmsnorm_mlp_residual_cost(
+    gate_up: Tensor,
+    down: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    next_scale: Tensor | None,
+    *,
+    hidden: Tensor,
+    residual: Stream,
+    scratch: Scratch,
 ) -> Cost:
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, scale, shift, actions, actions))
+    flops = gemm_flops(residual.x, gate_up) + gemm_flops(hidden, down)
+    read = _read_bytes(residual) + nbytes(residual.x, gate_up, down, bias, gate, next_scale, hidden, hidden)
+    return Cost(flops, read + stream_bytes(residual))
 
 
-@op(cost=_rmsnorm_linear_euler_cost)
-def rmsnorm_linear_euler(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, *, actions: Tensor
+@op(cost=_rmsnorm_mlp_residual_cost, triton="gpu.mlp")
+def rmsnorm_mlp_residual(
+    gate_up: Tensor,
+    down: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    next_scale: Tensor | None,
+    *,
+    hidden: Tensor,
+    residual: Stream,
+    scratch: Scratch,
 ) -> None:
-    """One Euler step: actions float32 [..., A] += normed @ weight [A, K]^T + bias, with dt folded into both."""
-    actions.add_(gemm(rms_normalize(x, scale, shift).to(weight.dtype), weight, bias))
+    """residual += gate * (geglu(normed residual @ gate_up^T) @ down^T): a whole MLP, for few rows.
+
+    ``hidden`` [rows, F] is working memory. Everything else as in ``rmsnorm_geglu`` and ``linear_residual``.
+    """
+    rmsnorm_geglu(residual, gate_up, scale, bias, out=hidden, scratch=scratch)
+    linear_residual(hidden, down, None, gate, next_scale, residual=residual, scratch=scratch)
+
+
+def _rmsnorm_linear_euler_cost(
+    x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch
+) -> Cost:
+    return Cost(gemm_flops(x.x, weight), nbytes(x.x, x.square_sums, weight, bias, actions, actions))
+
+
+@op(cost=_rmsnorm_linear_euler_cost, triton="gpu.linear")
+def rmsnorm_linear_euler(x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch) -> None:
+    """One Euler step: actions float32 [rows, A] += normed @ weight [A, K]^T + bias.
+
+    dt is folded into both, the final norm's scale into ``weight``, its shift into ``bias``. All of it is float32: this
+    is the path by which the actions' precision leaves the network.
+    """
+    actions.add_(gemm(rms_normalize(x.x, None).to(weight.dtype), weight, bias))

@@ -6,11 +6,18 @@ runs is decided once, when :func:`select_ops` builds that table, and is kept the
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from pi0_engine.kernels.availability import UNAVAILABLE
+from pi0_engine.kernels.gpu.configs import configs_for
+from pi0_engine.kernels.gpu.launch import Launcher
+from pi0_engine.kernels.gpu.target import target_of
 
 OpFunction = Callable[..., None]
 
@@ -33,15 +40,21 @@ class Op:
     Attributes:
         meaning: the torch function that defines the op; it is also its implementation ``"torch"``.
         cost: takes the same arguments as ``meaning`` and returns its :class:`Cost` from shapes alone.
-        implementations: further ones by name. Each is a function with the meaning's signature.
-        unavailable: by implementation name, a function of the device that returns why it cannot run there, or None.
+        implementations: further ones, fastest first: {name: module under ``pi0_engine.kernels``}, which holds a
+            function of the op's name. It takes a :class:`Launcher`, then the meaning's arguments.
     """
 
     name: str
     meaning: OpFunction
     cost: Callable[..., Cost]
-    implementations: Mapping[str, OpFunction]
-    unavailable: Mapping[str, Callable[[torch.device], str | None]]
+    implementations: Mapping[str, str]
+
+    def load(self, implementation: str, launcher: Launcher | None) -> OpFunction:
+        """The function to call; modules of implementations are imported only here, because they need packages."""
+        if implementation == "torch":
+            return self.meaning
+        module = importlib.import_module(f"pi0_engine.kernels.{self.implementations[implementation]}")
+        return functools.partial(getattr(module, self.name), launcher)
 
 
 @dataclass(frozen=True)
@@ -56,24 +69,33 @@ class Choice:
 REGISTRY: dict[str, Op] = {}
 
 
-def op(cost: Callable[..., Cost]) -> Callable[[OpFunction], OpFunction]:
-    """Register the decorated torch function as the meaning of a new op of the same name."""
+def op(cost: Callable[..., Cost], **implementations: str) -> Callable[[OpFunction], OpFunction]:
+    """Register the decorated torch function as the meaning of a new op of the same name.
+
+    ``implementations`` are the others, as in :attr:`Op.implementations`: ``triton="gpu.linear"``.
+    """
 
     def register(meaning: OpFunction) -> OpFunction:
         name = meaning.__name__
         assert name not in REGISTRY, f"op {name} is registered twice"
-        REGISTRY[name] = Op(name, meaning, cost, {}, {})
+        assert set(implementations) <= set(UNAVAILABLE), implementations
+        REGISTRY[name] = Op(name, meaning, cost, implementations)
         return meaning
 
     return register
 
 
 class Ops:
-    """The chosen function of every op, as attributes: ``ops.linear_residual(...)``."""
+    """The chosen function of every op, as attributes: ``ops.linear_residual(...)``.
 
-    def __init__(self, functions: Mapping[str, OpFunction], choices: tuple[Choice, ...]) -> None:
+    ``launcher`` is what the implementations on a GPU launch with; None where none was chosen.
+    """
+
+    def __init__(
+        self, functions: Mapping[str, OpFunction], choices: tuple[Choice, ...], launcher: Launcher | None = None
+    ) -> None:
         self._functions = dict(functions)
-        self.choices = choices
+        self.choices, self.launcher = choices, launcher
 
     def __getattr__(self, name: str) -> OpFunction:
         functions = self.__dict__.get("_functions", {})  # empty while copy or pickle makes an instance
@@ -89,38 +111,52 @@ def all_ops() -> Mapping[str, Op]:
     return REGISTRY
 
 
-def select_ops(backend: str, device: torch.device) -> Ops:
+def select_ops(
+    backend: str,
+    device: torch.device,
+    launcher: Launcher | None = None,
+    prefer: Mapping[str, str] | None = None,
+) -> Ops:
     """Choose an implementation of every op.
 
-    ``"torch"`` takes the meanings. ``"auto"`` takes the fastest available implementation of each op and records why
-    the others were passed over.
+    ``"torch"`` takes the meanings. ``"auto"`` takes the first available implementation of each op and records why
+    the others were passed over. ``prefer`` names another implementation for single ops, {op: implementation}.
+    ``launcher`` replaces the one for the GPU at hand.
 
     Raises:
-        ValueError: a named backend that does not exist or is unavailable on ``device``, with the reason.
+        ValueError: a named implementation that does not exist or is unavailable on ``device``, with the reason.
     """
-    functions: dict[str, OpFunction] = {}
-    choices = []
-    for name, entry in all_ops().items():
-        chosen, reason = "torch", "asked for by name"
-        if backend == "auto":
-            refused = [f"{other}: {why}" for other in entry.implementations if (why := _why_not(entry, other, device))]
-            usable = [other for other in entry.implementations if not _why_not(entry, other, device)]
-            chosen = usable[0] if usable else "torch"
-            reason = "; ".join(refused) or ("fastest available" if usable else "the only implementation")
-        elif backend != "torch":
-            why = _why_not(entry, backend, device)
-            if why is not None:
-                raise ValueError(f"backend {backend!r} cannot run op {name!r} on {device}: {why}")
-            chosen = backend
-        functions[name] = entry.meaning if chosen == "torch" else entry.implementations[chosen]
-        choices.append(Choice(name, chosen, reason))
-    return Ops(functions, tuple(choices))
+    choices = tuple(
+        _choose(entry, (prefer or {}).get(name, backend), device) for name, entry in all_ops().items()
+    )
+    if launcher is None and any(choice.implementation != "torch" for choice in choices):
+        target = target_of(device)
+        launcher = Launcher(target, configs_for(target.arch)[0], concurrent=device.type != "cpu")
+    functions = {choice.op: all_ops()[choice.op].load(choice.implementation, launcher) for choice in choices}
+    return Ops(functions, choices, launcher)
+
+
+def _choose(entry: Op, wanted: str, device: torch.device) -> Choice:
+    if wanted == "torch":
+        return Choice(entry.name, "torch", "asked for by name")
+    if wanted != "auto":
+        why = _why_not(entry, wanted, device)
+        if why is not None:
+            raise ValueError(f"backend {wanted!r} cannot run op {entry.name!r} on {device}: {why}")
+        return Choice(entry.name, wanted, "asked for by name")
+    refused = []
+    for name in entry.implementations:
+        why = _why_not(entry, name, device)
+        if why is None:
+            return Choice(entry.name, name, "; ".join([*refused, "fastest available"]))
+        refused.append(f"{name}: {why}")
+    return Choice(entry.name, "torch", "; ".join(refused) or "the only implementation")
 
 
 def _why_not(entry: Op, implementation: str, device: torch.device) -> str | None:
     if implementation not in entry.implementations:
         return f"it has no such implementation (it has {['torch', *entry.implementations]})"
-    return entry.unavailable[implementation](device)
+    return UNAVAILABLE[implementation](device)
 
 
 def nbytes(*tensors: Any) -> int:

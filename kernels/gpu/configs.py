@@ -25,6 +25,7 @@ class LaunchConfig:
         warps, stages: per program, and of the software pipeline.
         tma: whether tiles are read by the tensor memory accelerator.
         pdl: whether the kernel may start early and prefetch its weights into L2 meanwhile.
+        ahead_bytes: how much of the weights that are read later an attention kernel brings into L2.
     """
 
     block_m: int
@@ -35,6 +36,7 @@ class LaunchConfig:
     stages: int = 3
     tma: bool = False
     pdl: bool = False
+    ahead_bytes: int = 0
 
 
 @dataclass(frozen=True)

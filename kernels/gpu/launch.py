@@ -55,10 +55,20 @@ class Launcher:
         target: the GPU that is launched on, or compiled for.
         configs: tile sizes by op and shape.
         execute: takes each :class:`Launch`; :func:`run`, or a list's ``append`` to record.
+        concurrent: whether the programs of a launch run at the same time, so that they may wait for each other. In the
+            interpreter they do not.
     """
 
-    def __init__(self, target: Target, configs: LaunchConfigs, execute: Callable[[Launch], None] = run) -> None:
+    def __init__(
+        self,
+        target: Target,
+        configs: LaunchConfigs,
+        execute: Callable[[Launch], None] = run,
+        *,
+        concurrent: bool = True,
+    ) -> None:
         self.target, self._configs, self._execute = target, configs, execute
+        self.concurrent = concurrent
 
     def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
         """The configuration for ``rows`` x ``n`` results from ``k`` products each."""

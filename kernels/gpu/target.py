@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,15 @@ def nearest_target(arch: int) -> Target:
     """The known generation that is closest: the newest one not newer than ``arch``, else the oldest."""
     older = [known for known in TARGETS if known <= arch]
     return TARGETS[max(older) if older else min(TARGETS)]
+
+
+def target_of(device: torch.device) -> Target:
+    """The GPU at hand, with its own number of multiprocessors; sm_90 where there is none (interpreting, recording)."""
+    if device.type != "cuda":
+        return TARGETS[90]
+    major, minor = torch.cuda.get_device_capability(device)
+    known = nearest_target(10 * major + minor)
+    found = torch.cuda.get_device_properties(device)
+    return dataclasses.replace(
+        known, arch=10 * major + minor, multiprocessors=found.multi_processor_count, name=found.name
+    )
