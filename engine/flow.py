@@ -25,7 +25,8 @@ def integrate(
         embed_state(ops, action, space)
     for number, terms in enumerate(steps):
         rows = space.plan.suffix_rows if number == 0 else space.plan.action_rows
-        flow_step(ops, config, action, layers, terms, space, rows)
+        with ops.range(f"flow step {number}"):
+            flow_step(ops, config, action, layers, terms, space, rows)
 
 
 def flow_step(
@@ -40,6 +41,7 @@ def flow_step(
     """x <- x + dt * velocity(x, t); the first ``rows`` rows of the suffix go through the expert."""
     embed_actions(ops, action, terms, space)
     for index, layer in enumerate(layers):
-        expert_layer(ops, config, index, layer, terms, space, rows)
+        with ops.range(f"expert layer {index}"):
+            expert_layer(ops, config, index, layer, terms, space, rows)
     x = space.suffix[: space.plan.action_rows]
     ops.rmsnorm_linear_euler(x, terms.out, terms.out_bias, actions=space["actions"], scratch=space.scratch)

@@ -32,9 +32,11 @@ def run(
 
 def observe(ops: Ops, config: Pi0Config, weights: Weights, space: Workspace, lap: Callable[[str], None]) -> None:
     """``patches`` and ``prompt`` -> keys and values of the prefix."""
-    vision.embed_images(ops, config.vision, weights.vision, space)
+    with ops.range("vision"):
+        vision.embed_images(ops, config.vision, weights.vision, space)
     lap("vision")
-    prefix.prefill(ops, config.llm, weights.llm, space)
+    with ops.range("prefix"):
+        prefix.prefill(ops, config.llm, weights.llm, space)
     lap("prefix")
 
 
@@ -47,5 +49,6 @@ def sample(
     lap: Callable[[str], None],
 ) -> None:
     """Keys and values of the prefix, ``state`` and noise in ``actions`` -> actions in ``actions``."""
-    flow.integrate(ops, config.expert, weights.action, weights.expert, steps, space)
+    with ops.range("flow"):
+        flow.integrate(ops, config.expert, weights.action, weights.expert, steps, space)
     lap("flow")

@@ -242,7 +242,11 @@ class Workspace:
     def set_lengths(self, lengths: Tensor) -> None:
         """Take valid prefix rows, int [B] on the host; every position behind the prefix follows from them."""
         self.lengths.copy_(lengths)
-        self.suffix_positions.copy_(self._suffix_offsets + lengths[self._observation_of])
+        self.suffix_positions.copy_(self.suffix_positions_after(lengths))
+
+    def suffix_positions_after(self, lengths: Tensor) -> Tensor:
+        """int [action and state tokens], on the host, for valid prefix rows int [B]."""
+        return self._suffix_offsets + lengths[self._observation_of]
 
 
 def rope_table(positions: int, head_dim: int) -> Tensor:

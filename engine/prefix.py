@@ -15,7 +15,8 @@ def prefill(ops: Ops, config: GemmaConfig, layers: list[DecoderLayerWeights], sp
     """Put ``prompt`` behind the images of the prefix stream (overwritten), fill ``cache_k`` and ``cache_v``."""
     embed_prompts(ops, space)
     for index, layer in enumerate(layers):
-        prefix_layer(ops, config, index, layer, space)
+        with ops.range(f"prefix layer {index}"):
+            prefix_layer(ops, config, index, layer, space)
 
 
 def embed_prompts(ops: Ops, space: Workspace) -> None:

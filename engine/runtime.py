@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.pipeline import run
-from pi0_engine.engine.plan import ShapePlan, Workspace
+from pi0_engine.engine import pipeline
+from pi0_engine.engine.graph import CapturedGraph
+from pi0_engine.engine.memory import check_free_memory, reporting_memory
+from pi0_engine.engine.plan import ShapePlan
+from pi0_engine.engine.session import Session
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.gemm import cpu_computes_bfloat16
+from pi0_engine.kernels.gpu.configs import LaunchConfigs
+from pi0_engine.kernels.gpu.launch import Launcher
+from pi0_engine.kernels.gpu.target import target_of
+from pi0_engine.kernels.ranges import with_ranges
 from pi0_engine.kernels.registry import Ops, select_ops
 from pi0_engine.kernels.stream import Scratch
 
 log = logging.getLogger(__name__)
+
+#: Tokens to which prompts are rounded up where every plan is a captured graph: 3 graphs serve all prompts of π0, and
+#: 12 more rows cost nothing inside a tile of 64.
+_GPU_PROMPT_BUCKET = 16
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,8 @@ class Inference:
 
     Attributes:
         actions: float32 [B, samples, H, action_dim] on the CPU, normalised; a copy that the caller owns.
-        seconds: wall time of each stage, in order: inputs, then those of ``pipeline.STAGES``.
+        seconds: wall time of each part, in order: ``inputs``, then the stages (``pipeline.STAGES``), or ``replay`` where
+            a CUDA graph runs them all.
     """
 
     actions: Tensor
@@ -47,6 +64,7 @@ class Engine:
 
     Raises:
         ValueError: a device or backend that is not available here, or a checkpoint tensor that cannot be read.
+        MemoryError: the GPU has too little free memory; says how much is needed and how much is free.
     """
 
     def __init__(self, source: TensorSource, config: EngineConfig | None = None, *, progress: bool = False) -> None:
@@ -54,12 +72,16 @@ class Engine:
         self.config = source.config
         self.device = resolve_device(self.engine_config.device)
         self.dtype, self.dtype_reason = resolve_dtype(self.engine_config.dtype, self.device)
-        self.ops: Ops = select_ops(self.engine_config.backend, self.device)
-        self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
-        self.time_terms = TimeTerms(source, self.weights.expert, self.device)
-        self.time_terms(self.config.num_steps)
-        self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
-        self._workspaces: OrderedDict[ShapePlan, Workspace] = OrderedDict()
+        self.ops: Ops = choose_ops(self.engine_config, self.device)
+        check_free_memory(self.config, self.dtype, self.device)
+        with reporting_memory(self.device, "the weights"):
+            self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
+            self.time_terms = TimeTerms(source, self.weights.expert, self.device)
+            self.time_terms(self.config.num_steps)
+            self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
+        self.use_graph = self.device.type == "cuda" and self.engine_config.use_cuda_graph
+        self._sessions: OrderedDict[ShapePlan, Session] = OrderedDict()
+        self._observed: tuple[Session, int] | None = None
 
     def infer(self, inputs: ModelInputs, noise: Tensor, *, num_steps: int | None = None) -> Inference:
         """Draw action chunks.
@@ -72,76 +94,191 @@ class Engine:
 
         Raises:
             ValueError: inputs or noise that the model cannot take, or actions that are not finite.
+            MemoryError: the GPU has no room for the buffers of a new shape.
         """
         inputs.validate(self.config)
-        self._check_noise(inputs, noise)
-        clock = _StageClock(self.device)
-        plan = self._plan(inputs, noise, num_steps)
-        with torch.inference_mode():
-            space = self.workspace(plan)
-            self._load(inputs, noise, space)
-            steps = self.time_terms(plan.num_steps)  # here, so that a new step count is not timed as vision
+        self._check_noise(noise, inputs.batch)
+        plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps)
+        return self._run("infer", plan, inputs, noise)
+
+    def observe(
+        self, inputs: ModelInputs, *, samples: int = 1, horizon: int | None = None, num_steps: int | None = None
+    ) -> dict[str, float]:
+        """The first half of ``infer``: cameras and prompt to keys and values. ``sample`` draws chunks from them.
+
+        For running the halves at different times: look once, draw several times, or look while a chunk is executed.
+
+        Args:
+            inputs: a batch of B observations.
+            samples, horizon, num_steps: of the chunks that will be drawn.
+
+        Returns:
+            Wall time of each part in seconds.
+
+        Raises:
+            ValueError: inputs that the model cannot take.
+        """
+        inputs.validate(self.config)
+        plan = self._plan_of(inputs, samples, horizon, num_steps)
+        return self._run("observe", plan, inputs, None).seconds
+
+    def sample(self, noise: Tensor) -> Inference:
+        """The second half of ``infer``: chunks for what was observed last, as often as wanted.
+
+        Args:
+            noise: float32 [B, samples, H, action_dim], of the sizes that ``observe`` was told.
+
+        Raises:
+            ValueError: nothing was observed since the last ``infer``, or noise of another shape.
+        """
+        if self._observed is None:
+            raise ValueError("there is no observation to sample from: call observe first (infer forgets it)")
+        session, num_steps = self._observed
+        plan = session.plan
+        self._check_noise(noise, plan.batch)
+        if noise.shape[1:3] != (plan.samples, plan.horizon):
+            raise ValueError(
+                f"noise is {list(noise.shape)}, observed for {plan.samples} samples of horizon {plan.horizon}"
+            )
+        return self._run("sample", dataclasses.replace(plan, num_steps=num_steps), None, noise)
+
+    def plan(
+        self,
+        *,
+        views: list[int],
+        prompt_lengths: list[int],
+        samples: int = 1,
+        horizon: int | None = None,
+        num_steps: int | None = None,
+    ) -> ShapePlan:
+        """The lengths with which this engine serves such observations; arguments as of :meth:`ShapePlan.of`."""
+        bucket = self.engine_config.prompt_bucket or (_GPU_PROMPT_BUCKET if self.device.type == "cuda" else 1)
+        return ShapePlan.of(
+            self.config,
+            views=views,
+            prompt_lengths=prompt_lengths,
+            samples=samples,
+            horizon=horizon,
+            num_steps=num_steps,
+            prompt_bucket=bucket,
+        )
+
+    def session(self, plan: ShapePlan) -> Session:
+        """The buffers of a plan; made at its first use, the least recently used set is freed for it."""
+        if plan not in self._sessions:
+            while len(self._sessions) >= self.engine_config.max_plans:
+                freed, _ = self._sessions.popitem(last=False)
+                log.debug("freed %s", freed)
+            with reporting_memory(self.device, f"the buffers of {plan}"):
+                self._sessions[plan] = Session(self.config, plan, self.dtype, self.device, self.scratch)
+            megabytes = self._sessions[plan].space.arena.numel() / 1e6
+            log.debug("new plan %s: %.1f MB of buffers", plan, megabytes)
+        self._sessions.move_to_end(plan)
+        return self._sessions[plan]
+
+    def graph(self, plan: ShapePlan, part: str = "infer") -> CapturedGraph:
+        """The CUDA graph that runs ``part`` ("infer", "observe" or "sample") of a plan, captured at its first use.
+
+        Raises:
+            ValueError: this engine runs without graphs.
+        """
+        if not self.use_graph:
+            raise ValueError(f"this engine runs without CUDA graphs: device {self.device}, {self.engine_config}")
+        session, key = self.session(plan), (part, plan.num_steps)
+        if key not in session.graphs:
+            # The terms are kept with the graph: its kernels read them, whoever asks for other step counts meanwhile.
+            steps = self.time_terms(plan.num_steps)
+            with (
+                torch.inference_mode(),
+                torch.cuda.device(self.device),
+                reporting_memory(self.device, f"a CUDA graph of {plan}"),
+            ):
+                session.graphs[key] = CapturedGraph(lambda: self._issue(part, session, plan, _no_lap), [steps])
+            log.debug("captured the graph %r of %s", part, plan)
+        return session.graphs[key]
+
+    def _run(self, part: str, plan: ShapePlan, inputs: ModelInputs | None, noise: Tensor | None) -> Inference:
+        """Load what is given, run the part, fetch the actions if there are any."""
+        # Before the clock starts, so that a new shape is not timed as a stage.
+        self.time_terms(plan.num_steps)
+        graph = self.graph(plan, part) if self.use_graph else None
+        session, clock = self.session(plan), _StageClock(self.device)
+        self._observed = None
+        with torch.inference_mode(), _current(self.device):
+            if inputs is not None:
+                session.load_observation(inputs, self._embed)
+            if noise is not None:
+                session.load_noise(noise)
             clock.lap("inputs")
-            run(self.ops, self.config, self.weights, steps, space, clock.lap)
-        # Copied out here: a tensor made in inference mode could not be changed by its owner.
-        actions = torch.empty(noise.shape).copy_(space["actions"].view(noise.shape))
+            if graph is None:
+                self._issue(part, session, plan, clock.lap)
+            else:
+                graph.replay()
+                clock.lap("replay")
+        if part != "infer":
+            self._observed = session, plan.num_steps
+        if noise is None:
+            return Inference(torch.empty(0), clock.seconds)
+        with _current(self.device):
+            actions = session.actions()
         if not bool(torch.isfinite(actions).all()):
             raise ValueError("the model computed NaN or infinity from finite inputs: are the weights finite?")
         return Inference(actions, clock.seconds)
 
-    def workspace(self, plan: ShapePlan) -> Workspace:
-        """The buffers of a plan; made at its first use, the least recently used set is freed for it."""
-        if plan not in self._workspaces:
-            while len(self._workspaces) >= self.engine_config.max_plans:
-                self._workspaces.popitem(last=False)
-            self._workspaces[plan] = Workspace(
-                self.config, plan, self.dtype, self.device, self.scratch
-            )
-            log.debug("new plan %s: %.1f MB of buffers", plan, self._workspaces[plan].arena.numel() / 1e6)
-        self._workspaces.move_to_end(plan)
-        return self._workspaces[plan]
+    def _issue(self, part: str, session: Session, plan: ShapePlan, lap: Callable[[str], None]) -> None:
+        """Call the ops of "infer" or of one of its halves."""
+        steps = self.time_terms(plan.num_steps)
+        if part != "sample":
+            pipeline.observe(self.ops, self.config, self.weights, session.space, lap)
+        if part != "observe":
+            pipeline.sample(self.ops, self.config, self.weights, steps, session.space, lap)
 
-    def _plan(self, inputs: ModelInputs, noise: Tensor, num_steps: int | None) -> ShapePlan:
-        return ShapePlan.of(
-            self.config,
+    def _plan_of(self, inputs: ModelInputs, samples: int, horizon: int | None, num_steps: int | None) -> ShapePlan:
+        return self.plan(
             views=inputs.image_masks.sum(dim=1).tolist(),
             prompt_lengths=inputs.token_mask.sum(dim=1).tolist(),
-            samples=noise.shape[1],
-            horizon=noise.shape[2],
+            samples=samples,
+            horizon=horizon,
             num_steps=num_steps,
-            prompt_bucket=self.engine_config.prompt_bucket,
         )
-
-    def _load(self, inputs: ModelInputs, noise: Tensor, space: Workspace) -> None:
-        """Copy present cameras, prompt embeddings, state and noise into the buffers, without gaps."""
-        space["patches"].copy_(cut_patches(inputs.images[inputs.image_masks], self.config.vision.patch_size))
-        space["actions"].copy_(noise.flatten(0, 2))
-        if space.plan.state_rows:
-            space["state"].copy_(inputs.state)
-        prompt_rows = inputs.token_mask.sum(dim=1)
-        space.set_lengths(torch.tensor(space.plan.image_rows) + prompt_rows)
-        for row, tokens, count in zip(space["prompt"], inputs.tokens, prompt_rows.tolist(), strict=True):
-            row[:count].copy_(self._embed(tokens[:count]))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""
         return self.weights.embed_tokens[tokens].float() * math.sqrt(self.config.llm.width)
 
-    def _check_noise(self, inputs: ModelInputs, noise: Tensor) -> None:
-        expected = f"float32 [{inputs.batch}, samples, horizon, {self.config.action_dim}]"
-        fits = noise.ndim == 4 and noise.shape[0] == inputs.batch and noise.shape[3] == self.config.action_dim
+    def _check_noise(self, noise: Tensor, batch: int) -> None:
+        expected = f"float32 [{batch}, samples, horizon, {self.config.action_dim}]"
+        fits = noise.ndim == 4 and noise.shape[0] == batch and noise.shape[3] == self.config.action_dim
         if not fits or noise.dtype != torch.float32 or noise.numel() == 0:
             raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}, expected {expected}")
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise contains NaN or infinity")
 
 
-def cut_patches(images: Tensor, patch: int) -> Tensor:
-    """images [N, S, S, 3] -> [N * (S / patch)^2, patch * patch * 3], patches row-major, pixels too, channel fastest."""
-    count, size, _, channels = images.shape
-    grid = size // patch
-    tiles = images.reshape(count, grid, patch, grid, patch, channels).transpose(2, 3)
-    return tiles.reshape(count * grid * grid, patch * patch * channels)
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _no_lap(stage: str) -> None:
+    """A capture has no time of its own."""
+
+
+def choose_ops(config: EngineConfig, device: torch.device) -> Ops:
+    """The ops as the configuration asks for them.
+
+    Raises:
+        ValueError: an implementation that is not available, or launch configurations that cannot be read.
+    """
+    launcher = None
+    if config.launch_configs is not None:
+        configs = LaunchConfigs.load(Path(config.launch_configs))
+        launcher = Launcher(target_of(device), configs, concurrent=device.type != "cpu")
+    prefer = (
+        {} if config.attention == "auto" else dict.fromkeys(("vision_attention", "prefix_attention"), config.attention)
+    )
+    ops = select_ops(config.backend, device, launcher, prefer)
+    return with_ranges(ops) if config.nvtx else ops
 
 
 class _StageClock:
@@ -178,7 +315,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of weights and activations, and why."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "asked for by name"
+        return getattr(torch, name), "asked for by name"
     if device.type == "cuda":
         return torch.bfloat16, "the GPU's tensor cores take bfloat16"
     if cpu_computes_bfloat16():

@@ -16,13 +16,12 @@ from pi0_engine.config import Pi0Config
 from pi0_engine.engine.pipeline import run
 from pi0_engine.engine.plan import ShapePlan, Workspace
 from pi0_engine.engine.time_terms import TimeTerms
-from pi0_engine.engine.weights import pack_weights
+from pi0_engine.engine.weights import pack_weights, shapes_only
 from pi0_engine.kernels.gpu.configs import configs_for
 from pi0_engine.kernels.gpu.launch import Launch, Launcher
 from pi0_engine.kernels.gpu.target import Target
 from pi0_engine.kernels.registry import Cost, OpFunction, Ops, all_ops, select_ops
 from pi0_engine.kernels.stream import Scratch, Stream
-from pi0_engine.parameters import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,8 @@ def record_launches(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, targ
     return launches
 
 
-def _run_on_meta(
-    ops: Ops, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, lap: Callable[[str], None]
-) -> None:
-    source, meta = _ShapesOnly(config), torch.device("meta")
+def _run_on_meta(ops: Ops, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, lap: Callable[[str], None]) -> None:
+    source, meta = shapes_only(config), torch.device("meta")
     weights = pack_weights(source, dtype, meta)
     steps = TimeTerms(source, weights.expert, meta)(plan.num_steps)
     scratch = Scratch.allocate(meta, needed=True)
@@ -102,14 +99,3 @@ def _tensors(name: str, value: object) -> list[tuple[str, Tensor]]:
     if isinstance(value, Stream):
         return [(f"{name}.{part}", tensor) for part, tensor in value.tensors.items()]
     return [(name, value)] if isinstance(value, Tensor) else []
-
-
-class _ShapesOnly:
-    """A checkpoint of tensors without contents."""
-
-    def __init__(self, config: Pi0Config) -> None:
-        self.config = config
-        self._shapes = parameter_shapes(config)
-
-    def tensor(self, name: str) -> Tensor:
-        return torch.empty(self._shapes[name], device="meta")

@@ -14,17 +14,16 @@ def embed_images(ops: Ops, config: SiglipConfig, weights: VisionWeights, space: 
         return
     x, patches = space.vision, config.num_patches
     ops.patch_embed(space["patches"], weights.patch, weights.position, out=x, scratch=space.scratch)
-    for layer in weights.layers:
-        vision_layer(ops, config, layer, space)
+    for index, layer in enumerate(weights.layers):
+        with ops.range(f"vision layer {index}"):
+            vision_layer(ops, config, layer, space)
     first = 0
     for row, views in enumerate(space.plan.views):
         if views == 0:
             continue
         images, start = x[first : first + views * patches], row * space.plan.prefix
         tokens = space.prefix[start : start + views * patches]
-        ops.layernorm_linear(
-            images, weights.projector, weights.projector_bias, None, out=tokens, scratch=space.scratch
-        )
+        ops.layernorm_linear(images, weights.projector, weights.projector_bias, None, out=tokens, scratch=space.scratch)
         first += views * patches
 
 

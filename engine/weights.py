@@ -127,6 +127,20 @@ def pack_weights(source: TensorSource, dtype: torch.dtype, device: torch.device,
     )
 
 
+def shapes_only(config: Pi0Config) -> TensorSource:
+    """A checkpoint of tensors without contents, for counting."""
+    return _ShapesOnly(config)
+
+
+class _ShapesOnly:
+    def __init__(self, config: Pi0Config) -> None:
+        self.config = config
+        self._shapes = parameter_shapes(config)
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], device="meta")
+
+
 class _Packer:
     """Reads tensors by name and stores packed ones in the engine's dtype on its device."""
 

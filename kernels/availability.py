@@ -16,7 +16,9 @@ def _not_on_gpu(device: torch.device) -> str | None:
         return f"it needs a CUDA GPU, the device is {str(device)!r}"
     found = torch.cuda.get_device_capability(device)
     if found < _OLDEST_ARCH:
-        return f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+        return (
+            f"it needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+        )
     return None
 
 

@@ -165,9 +165,7 @@ def rmsnorm_mlp_residual(
     linear_residual(hidden, down, None, gate, next_scale, residual=residual, scratch=scratch)
 
 
-def _rmsnorm_linear_euler_cost(
-    x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch
-) -> Cost:
+def _rmsnorm_linear_euler_cost(x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch) -> Cost:
     return Cost(gemm_flops(x.x, weight), nbytes(x.x, x.square_sums, weight, bias, actions, actions))
 
 

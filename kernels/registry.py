@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,10 @@ class Ops:
         self._functions = dict(functions)
         self.choices, self.launcher = choices, launcher
 
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        """Around the calls of a stage or a layer; a profiler sees the name (``ranges.py``)."""
+        return nullcontext()
+
     def __getattr__(self, name: str) -> OpFunction:
         functions = self.__dict__.get("_functions", {})  # empty while copy or pickle makes an instance
         if name not in functions:
@@ -126,9 +131,7 @@ def select_ops(
     Raises:
         ValueError: a named implementation that does not exist or is unavailable on ``device``, with the reason.
     """
-    choices = tuple(
-        _choose(entry, (prefer or {}).get(name, backend), device) for name, entry in all_ops().items()
-    )
+    choices = tuple(_choose(entry, (prefer or {}).get(name, backend), device) for name, entry in all_ops().items())
     if launcher is None and any(choice.implementation != "torch" for choice in choices):
         target = target_of(device)
         launcher = Launcher(target, configs_for(target.arch)[0], concurrent=device.type != "cpu")
@@ -144,7 +147,7 @@ def _choose(entry: Op, wanted: str, device: torch.device) -> Choice:
         if why is not None:
             raise ValueError(f"backend {wanted!r} cannot run op {entry.name!r} on {device}: {why}")
         return Choice(entry.name, wanted, "asked for by name")
-    refused = []
+    refused: list[str] = []
     for name in entry.implementations:
         why = _why_not(entry, name, device)
         if why is None:

@@ -108,9 +108,7 @@ def linear_kernel(
     if OUTPUT == STORE or OUTPUT == ADD:
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
     else:
-        write_stream(
-            out, out_rounded, out_square_sums, out_sums, next_scale, y, first_row, first_column, rows, N
-        )
+        write_stream(out, out_rounded, out_square_sums, out_sums, next_scale, y, first_row, first_column, rows, N)
 
 
 def linear(
@@ -124,9 +122,7 @@ def linear(
     out: Tensor | Stream,
     scratch: Scratch,
 ) -> None:
-    _launch(
-        launcher, "linear", x, weight, out, scratch, bias=bias, activation=activation, next_scale=next_scale
-    )
+    _launch(launcher, "linear", x, weight, out, scratch, bias=bias, activation=activation, next_scale=next_scale)
 
 
 def linear_residual(
@@ -164,9 +160,7 @@ def layernorm_linear(
     out: Tensor | Stream,
     scratch: Scratch,
 ) -> None:
-    _launch(
-        launcher, "layernorm_linear", x.rounded, weight, out, scratch, norm_of=x, bias=bias, activation=activation
-    )
+    _launch(launcher, "layernorm_linear", x.rounded, weight, out, scratch, norm_of=x, bias=bias, activation=activation)
 
 
 def patch_embed(

@@ -42,9 +42,7 @@ def splits_that_fit(config: LaunchConfig, tiles: int, tile_size: int, scratch: S
     return max(1, min(config.splits, scratch.partials.numel() // (tiles * tile_size)))
 
 
-def describe(
-    a: Tensor, w: Tensor, config: LaunchConfig, target: Target, *, contiguous: bool = True
-) -> dict[str, Any]:
+def describe(a: Tensor, w: Tensor, config: LaunchConfig, target: Target, *, contiguous: bool = True) -> dict[str, Any]:
     """Kernel arguments ``a``, ``w``, ``TMA``.
 
     Descriptors of tiles where the configuration asks for them, the GPU has them, rows are multiples of 16 bytes and

@@ -2,7 +2,7 @@
 
 A program multiplies two tiles of weight rows with the same rows of x, so that both halves of every pair are in the
 same registers: RoPE turns (x1, x2) without moving them, geglu multiplies gelu(gate) by up. Pair p stands for the
-weight rows p // HALF * 2 HALF + p % HALF and HALF further: HALF is half a head in RoPE, the whole hidden width in geglu.
+weight rows p // HALF * 2 HALF + p % HALF and HALF further: HALF is half a head in RoPE, the hidden width in geglu.
 """
 
 from __future__ import annotations

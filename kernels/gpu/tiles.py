@@ -45,9 +45,7 @@ def product_tile(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         for k in range(k_begin, k_end, BLOCK_K):
-            total = tl.dot(
-                a.load([first_row, k]), w.load([first_column, k]).T, total, input_precision=PRECISION
-            )
+            total = tl.dot(a.load([first_row, k]), w.load([first_column, k]).T, total, input_precision=PRECISION)
     else:
         row = (first_row + tl.arange(0, BLOCK_M)) % rows
         column = (first_column + tl.arange(0, BLOCK_N)) % columns

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from pi0_engine.cases import Difference, sample_reference
 from pi0_engine.config import CAMERA_SLOTS, EngineConfig, Pi0Config
-from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine, resolve_device, resolve_dtype
 from pi0_engine.engine.trace import count_work, work_per_stage
 from pi0_engine.inputs import ModelInputs
@@ -126,13 +125,8 @@ def _against_floor(
     work: Workload, engine: Engine, measured: list[dict[str, float]], ceilings: dict[str, float]
 ) -> dict[str, dict[str, float]]:
     """p50 and p99 of each stage and the whole, with work, floor and percent of the floor where there is work."""
-    plan = ShapePlan.of(
-        work.config,
-        views=[work.views],
-        prompt_lengths=[work.prompt_tokens],
-        horizon=work.horizon,
-        num_steps=work.num_steps,
-        prompt_bucket=engine.engine_config.prompt_bucket,
+    plan = engine.plan(
+        views=[work.views], prompt_lengths=[work.prompt_tokens], horizon=work.horizon, num_steps=work.num_steps
     )
     costs = work_per_stage(count_work(work.config, plan, engine.dtype))
     out: dict[str, dict[str, float]] = {}

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return int(command.run())
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         print(f"pi0-engine: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

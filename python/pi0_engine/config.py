@@ -9,7 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 ModelType = Literal["pi0", "pi05"]
 
@@ -149,33 +149,47 @@ class Pi0Config:
         return cls.from_dict(data)
 
 
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+BackendName = Literal["auto", "torch", "triton"]
+AttentionName = Literal["auto", "torch", "triton", "flash_attn"]
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How to run a model.
 
     Args:
         device: a torch device string, ``"cpu"`` or ``"cuda"``.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"`` (bfloat16 where the processor computes it, else float32).
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` (which ends at 65504) or ``"auto"`` (bfloat16 where the
+            processor computes it, else float32).
         backend: ``"auto"``, or the name of an op implementation; a named one that is unavailable raises.
-        prompt_bucket: prompt lengths are rounded up to a multiple of this. 1 computes no padding, which is
-            best where a new shape costs nothing (CPU).
-        max_plans: how many sets of working buffers (one per shape) are kept before the oldest is freed.
+        attention: implementation of vision and prefix attention where it is to be another one than the backend's.
+        use_cuda_graph: on a GPU, replay captured graphs; without them every stage is timed by itself.
+        prompt_bucket: prompt lengths are rounded up to a multiple of this, so that prompts share a plan and its graph.
+            None takes 16 on a GPU, and 1 on a CPU, where a new shape costs nothing and padding does.
+        max_plans: how many sets of working buffers and graphs (one per shape) are kept before the oldest is freed.
+        launch_configs: a JSON file of launch configurations (``pi0-engine tune`` writes them) instead of those shipped.
+        nvtx: mark stages, layers and ops for NVIDIA's profilers; only seen without a CUDA graph.
     """
 
     device: str = "cpu"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    prompt_bucket: int = 1
-    max_plans: int = 4
+    dtype: DtypeName = "auto"
+    backend: BackendName = "auto"
+    attention: AttentionName = "auto"
+    use_cuda_graph: bool = True
+    prompt_bucket: int | None = None
+    max_plans: int = 8
+    launch_configs: str | None = None
+    nvtx: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}, expected 'auto', 'float32' or 'bfloat16'")
-        if self.backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"backend is {self.backend!r}, expected 'auto', 'torch' or 'triton'")
-        for name in ("prompt_bucket", "max_plans"):
-            if not _is_positive_integer(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an integer of at least 1")
+        for name, kind in (("dtype", DtypeName), ("backend", BackendName), ("attention", AttentionName)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {list(get_args(kind))}")
+        if self.prompt_bucket is not None and not _is_positive_integer(self.prompt_bucket):
+            raise ValueError(f"prompt_bucket is {self.prompt_bucket!r}, expected an integer of at least 1, or None")
+        if not _is_positive_integer(self.max_plans):
+            raise ValueError(f"max_plans is {self.max_plans!r}, expected an integer of at least 1")
 
 
 def _build(kind: type, values: Any, where: str) -> Any:

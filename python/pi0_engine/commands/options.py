@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
-from pi0_engine.config import Pi0Config
+from pi0_engine.config import BackendName, DtypeName, Pi0Config
 from pi0_engine.random_weights import RandomCheckpoint
 
-Backend = Literal["auto", "torch", "triton"]
-Dtype = Literal["auto", "float32", "bfloat16"]
+Backend = BackendName
+Dtype = DtypeName
 
 
 @dataclass(frozen=True)

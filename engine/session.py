@@ -1,0 +1,106 @@
+"""One plan at work: its buffers, the host memory that they are filled from, and the graphs captured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pi0_engine.config import Pi0Config
+from pi0_engine.engine.graph import CapturedGraph
+from pi0_engine.engine.plan import ShapePlan, Workspace
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.kernels.stream import Scratch
+
+#: What an observation fills; noise goes into "actions".
+_OBSERVATION = ("patches", "prompt", "state", "lengths", "suffix_positions")
+
+
+class Session:
+    """The memory of one :class:`ShapePlan`, for one inference at a time.
+
+    Inputs are written to host memory that the GPU can read by itself (pinned), and uploaded together; on a CPU they are
+    written where they are used.
+
+    Attributes:
+        space: the plan's buffers.
+        graphs: captured graphs by what they run and the number of flow steps.
+    """
+
+    def __init__(
+        self, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, device: torch.device, scratch: Scratch
+    ) -> None:
+        self.plan, self._config = plan, config
+        self.space = Workspace(config, plan, dtype, device, scratch)
+        # Lengths that a capture may run with before the first inference.
+        self.space.set_lengths(torch.full((plan.batch,), plan.prefix))
+        self.graphs: dict[tuple[str, int], CapturedGraph] = {}
+        self._device_inputs = {name: self._on_device(name) for name in (*_OBSERVATION, "actions")}
+        self._staged = {name: _host_twin(tensor) for name, tensor in self._device_inputs.items()}
+        self._result = _host_twin(self.space["actions"])
+        self._embedded: list[list[int] | None] = [None] * plan.batch
+
+    def _on_device(self, name: str) -> Tensor:
+        return getattr(self.space, name) if name in ("lengths", "suffix_positions") else self.space[name]
+
+    def load_observation(self, inputs: ModelInputs, embed: Callable[[Tensor], Tensor]) -> None:
+        """Present cameras, prompt embeddings, state and lengths, without gaps. ``embed`` maps token ids to rows.
+
+        A prompt is embedded only when it changes.
+        """
+        staged, patch = self._staged, self._config.vision.patch_size
+        cut_patches(inputs.images[inputs.image_masks], patch, out=staged["patches"])
+        if self.plan.state_rows:
+            staged["state"].copy_(inputs.state)
+        prompt_rows = inputs.token_mask.sum(dim=1)
+        lengths = torch.tensor(self.plan.image_rows) + prompt_rows
+        staged["lengths"].copy_(lengths)
+        staged["suffix_positions"].copy_(self.space.suffix_positions_after(lengths))
+        # Pinned memory keeps the embedded rows; on a CPU later stages reuse the buffer.
+        kept = staged["prompt"] is not self._device_inputs["prompt"]
+        for b, count in enumerate(prompt_rows.tolist()):
+            tokens = inputs.tokens[b, :count]
+            if not kept or self._embedded[b] != tokens.tolist():
+                staged["prompt"][b, :count].copy_(embed(tokens))
+                self._embedded[b] = tokens.tolist()
+        self._upload(*_OBSERVATION)
+
+    def load_noise(self, noise: Tensor) -> None:
+        """float32 [B, samples, H, action_dim]."""
+        self._staged["actions"].copy_(noise.flatten(0, 2))
+        self._upload("actions")
+
+    def actions(self) -> Tensor:
+        """float32 [B, samples, H, action_dim] on the CPU: a copy. Waits for the GPU."""
+        computed = self.space["actions"]
+        if self._result is not computed:
+            self._result.copy_(computed, non_blocking=True)
+            torch.cuda.current_stream(computed.device).synchronize()
+        plan = self.plan
+        out = torch.empty(plan.batch, plan.samples, plan.horizon, self._config.action_dim)
+        return out.copy_(self._result.view(out.shape))
+
+    def _upload(self, *names: str) -> None:
+        for name in names:
+            device, staged = self._device_inputs[name], self._staged[name]
+            if staged is not device:
+                device.copy_(staged, non_blocking=True)
+
+
+def _host_twin(tensor: Tensor) -> Tensor:
+    """Pinned host memory of the same shape; on a CPU the tensor itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def cut_patches(images: Tensor, patch: int, *, out: Tensor) -> None:
+    """images [N, S, S, 3] -> out [N * (S / patch)^2, patch * patch * 3].
+
+    Patches row-major in the image, pixels row-major in the patch, channel fastest.
+    """
+    count, size, _, channels = images.shape
+    grid = size // patch
+    tiles = images.reshape(count, grid, patch, grid, patch, channels).transpose(2, 3)
+    out.view(tiles.shape).copy_(tiles)
