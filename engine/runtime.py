@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pi0_engine.config import EngineConfig
 from pi0_engine.engine import pipeline
@@ -46,8 +47,8 @@ class Inference:
 
     Attributes:
         actions: float32 [B, samples, H, action_dim] on the CPU, normalised; a copy that the caller owns.
-        seconds: wall time of each part, in order: ``inputs``, then the stages (``pipeline.STAGES``), or ``replay`` where
-            a CUDA graph runs them all.
+        seconds: wall time of each part, in order: ``inputs``, then the stages (``pipeline.STAGES``), or ``replay``
+            where a CUDA graph runs them all.
     """
 
     actions: Tensor
@@ -141,6 +142,31 @@ class Engine:
                 f"noise is {list(noise.shape)}, observed for {plan.samples} samples of horizon {plan.horizon}"
             )
         return self._run("sample", dataclasses.replace(plan, num_steps=num_steps), None, noise)
+
+    def warm_up(self, *, views: int, samples: int = 1, horizon: int | None = None, progress: bool = False) -> None:
+        """Make the buffers, and on a GPU the graphs, of one observation with ``views`` cameras and any prompt.
+
+        Without it the first inference of each shape does so. At most ``max_plans`` shapes are made, the shortest
+        prompts first; others follow when they are needed.
+
+        Raises:
+            ValueError: a number of views that is not 1 to 4.
+            MemoryError: the GPU has no room.
+        """
+        if not 1 <= views <= 4:
+            raise ValueError(f"views is {views}, expected 1 to 4")
+        lengths = range(1, self.config.token_capacity + 1)
+        plans = list(
+            dict.fromkeys(
+                self.plan(views=[views], prompt_lengths=[n], samples=samples, horizon=horizon) for n in lengths
+            )
+        )
+        plans = plans[: self.engine_config.max_plans] if self.device.type == "cuda" else plans[:1]
+        for plan in tqdm(plans, "warming up", disable=not progress, leave=False):
+            if self.use_graph:
+                self.graph(plan)
+            else:
+                self.session(plan)
 
     def plan(
         self,

@@ -50,7 +50,9 @@ class Session:
         A prompt is embedded only when it changes.
         """
         staged, patch = self._staged, self._config.vision.patch_size
-        cut_patches(inputs.images[inputs.image_masks], patch, out=staged["patches"])
+        present = inputs.image_masks.nonzero().tolist()
+        for (b, slot), patches in zip(present, staged["patches"].unflatten(0, (-1, self.plan.patches)), strict=True):
+            cut_patches(inputs.images[b, slot], patch, out=patches)
         if self.plan.state_rows:
             staged["state"].copy_(inputs.state)
         prompt_rows = inputs.token_mask.sum(dim=1)
@@ -95,12 +97,11 @@ def _host_twin(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
-def cut_patches(images: Tensor, patch: int, *, out: Tensor) -> None:
-    """images [N, S, S, 3] -> out [N * (S / patch)^2, patch * patch * 3].
+def cut_patches(image: Tensor, patch: int, *, out: Tensor) -> None:
+    """image [S, S, 3] -> out [(S / patch)^2, patch * patch * 3].
 
     Patches row-major in the image, pixels row-major in the patch, channel fastest.
     """
-    count, size, _, channels = images.shape
-    grid = size // patch
-    tiles = images.reshape(count, grid, patch, grid, patch, channels).transpose(2, 3)
+    grid = image.shape[0] // patch
+    tiles = image.reshape(grid, patch, grid, patch, 3).transpose(1, 2)
     out.view(tiles.shape).copy_(tiles)

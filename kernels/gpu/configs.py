@@ -41,7 +41,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Rule:
-    """``config`` for every problem of ``op`` with at most ``max_rows`` rows, and of just this ``n`` and ``k`` if given."""
+    """``config`` for problems of ``op`` with at most ``max_rows`` rows, and of just this ``n`` and ``k`` if given."""
 
     op: str
     config: LaunchConfig

@@ -6,6 +6,7 @@ interpreter on a CPU, recorded on torch's meta device, and cross-compiled for a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,9 @@ class Launcher:
         self.concurrent = concurrent
 
     def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
-        """The configuration for ``rows`` x ``n`` results from ``k`` products each."""
-        return self._configs.find(op, rows=rows, n=n, k=k)
+        """The configuration for ``rows`` x ``n`` results from ``k`` products each, less what the GPU does not have."""
+        found, target = self._configs.find(op, rows=rows, n=n, k=k), self.target
+        return dataclasses.replace(found, tma=found.tma and target.has_tma, pdl=found.pdl and target.has_pdl)
 
     def __call__(self, launch: Launch) -> None:
         self._execute(launch)

@@ -197,7 +197,7 @@ def _launch(
     splits = splits_that_fit(config, tiles, config.block_m * config.block_n, scratch)
     stream = out if isinstance(out, Stream) else None
     norm = {None: 0, False: 1, True: 2}[None if norm_of is None else norm_of.sums is not None]
-    operands = describe(x, weight, config, launcher.target)
+    operands = describe(x, weight, config)
     arguments: dict[str, Any] = {
         **operands,
         "w_ptr": weight,

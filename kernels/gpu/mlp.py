@@ -8,6 +8,7 @@ where waiting would never end: there the two halves are two launches of the same
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import triton
@@ -163,8 +164,9 @@ def rmsnorm_mlp_residual(
     up_tiles = divide(rows, up_config.block_m) * divide(width, up_config.block_n)
     down_tiles = divide(rows, down_config.block_m) * divide(k, down_config.block_n)
     splits = splits_that_fit(down_config, down_tiles, down_config.block_m * down_config.block_n, scratch)
-    up_operands = describe(residual.rounded, gate_up, up_config, launcher.target)
-    down_operands = describe(hidden, down, down_config, launcher.target)
+    up_operands = describe(residual.rounded, gate_up, up_config)
+    # What this very launch wrote must not be read by the memory accelerator: no fence stands between them.
+    down_operands = describe(hidden, down, dataclasses.replace(down_config, tma=False))
     arguments: dict[str, Any] = {
         "a": up_operands["a"],
         "gate_up": up_operands["w"],

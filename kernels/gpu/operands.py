@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pi0_engine.kernels.gpu.configs import LaunchConfig
-from pi0_engine.kernels.gpu.target import Target
 from pi0_engine.kernels.stream import Scratch, sum_blocks
 
 #: What the tensor memory accelerator asks of addresses and row lengths, in bytes.
@@ -42,14 +41,14 @@ def splits_that_fit(config: LaunchConfig, tiles: int, tile_size: int, scratch: S
     return max(1, min(config.splits, scratch.partials.numel() // (tiles * tile_size)))
 
 
-def describe(a: Tensor, w: Tensor, config: LaunchConfig, target: Target, *, contiguous: bool = True) -> dict[str, Any]:
+def describe(a: Tensor, w: Tensor, config: LaunchConfig, *, contiguous: bool = True) -> dict[str, Any]:
     """Kernel arguments ``a``, ``w``, ``TMA``.
 
-    Descriptors of tiles where the configuration asks for them, the GPU has them, rows are multiples of 16 bytes and
-    the rows of a tile are ``contiguous``; else plain pointers.
+    Descriptors of tiles where the configuration asks for them, rows are multiples of 16 bytes and the rows of a tile
+    are ``contiguous``; else plain pointers.
     """
     row_bytes = a.shape[1] * a.element_size()
-    if not (config.tma and target.has_tma and contiguous and row_bytes % _TMA_ALIGNMENT == 0):
+    if not (config.tma and contiguous and row_bytes % _TMA_ALIGNMENT == 0):
         return {"a": a, "w": w, "TMA": False}
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -177,7 +177,7 @@ def _launch(
     tiles = divide(rows, config.block_m) * divide(n // 2, config.block_n)
     splits = splits_that_fit(config, tiles, 2 * config.block_m * config.block_n, scratch)
     # A descriptor reads consecutive rows: a tile must not cross from one head to the next.
-    operands = describe(x.rounded, weight, config, launcher.target, contiguous=half % config.block_n == 0)
+    operands = describe(x.rounded, weight, config, contiguous=half % config.block_n == 0)
     arguments = {
         **operands,
         "w_ptr": weight,
