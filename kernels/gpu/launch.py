@@ -56,8 +56,8 @@ class Launcher:
         target: the GPU that is launched on, or compiled for.
         configs: tile sizes by op and shape.
         execute: takes each :class:`Launch`; :func:`run`, or a list's ``append`` to record.
-        concurrent: whether the programs of a launch run at the same time, so that they may wait for each other. In the
-            interpreter they do not.
+        concurrent: whether programs run at the same time, so that they may wait for each other and kernels may
+            overlap. In the interpreter they do not, and there is no cache to prefetch into.
     """
 
     def __init__(
@@ -74,7 +74,12 @@ class Launcher:
     def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
         """The configuration for ``rows`` x ``n`` results from ``k`` products each, less what the GPU does not have."""
         found, target = self._configs.find(op, rows=rows, n=n, k=k), self.target
-        return dataclasses.replace(found, tma=found.tma and target.has_tma, pdl=found.pdl and target.has_pdl)
+        return dataclasses.replace(
+            found,
+            tma=found.tma and target.has_tma,
+            pdl=found.pdl and target.has_pdl and self.concurrent,
+            ahead_bytes=found.ahead_bytes if self.concurrent else 0,
+        )
 
     def __call__(self, launch: Launch) -> None:
         self._execute(launch)
