@@ -52,7 +52,8 @@ sys.exit(main(sys.argv[2:]))
 
 def python(script: str, *arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(__file__).parent), "TRITON_CACHE_DIR": str(cache)} | environment
+    paths = [str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])]
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache)} | environment
     return subprocess.run([sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True)
 
 
@@ -96,7 +97,7 @@ def test_an_overflow_of_shared_memory_is_seen(arch: int, compiled: dict[str, dic
     said = compiled[f"overflowing {arch}"]
     limit = TARGETS[arch].shared_bytes
     assert said["shared_bytes"] > limit
-    assert said["problem"] == f"takes {said['shared_bytes'] / 1024:.1f} KiB of shared memory of {limit // 1024}"
+    assert f"takes {said['shared_bytes'] / 1024:.1f} KiB of shared memory of {limit // 1024}" in said["problem"]
 
 
 def test_what_a_gpu_cannot_do_does_not_compile(compiled: dict[str, dict[str, Any]]) -> None:
@@ -189,7 +190,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert main(["kernels", "--target", "sm_90,sm_91"]) == 2
     assert "target is 'sm_91', expected one of ['sm_80'" in capsys.readouterr().err
     done = python(COMMAND, "gemm", "kernels", "--target", "sm_90", "--op", "linaer", cache=cache)
-    assert done.returncode == 2 and "no kernel belongs to an op 'linaer'" in done.stderr
+    assert done.returncode == 2 and "op is 'linaer', expected one of [" in done.stderr
     monkeypatch.setitem(sys.modules, "triton", None)
     assert main(["kernels"]) == 2
     assert "pip install 'pi0-engine[gpu]'" in capsys.readouterr().err

@@ -32,9 +32,10 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compile_kernels(targets: str, **environment: str) -> str:
-    """What ``pi0-engine kernels`` prints, without this process's interpreter mode."""
+def compile_kernels(targets: str, *paths: Path, **environment: str) -> str:
+    """What ``pi0-engine kernels`` prints with ``paths`` in front, without this process's interpreter mode."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pi0_engine.cli", "kernels", "--target", targets]
     # Not from the repository: Python would find its kernels/ folder first.
     done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
@@ -48,7 +49,7 @@ def test_installed_triton() -> None:
 
 
 def test_oldest_triton(oldest: Path) -> None:
-    text = compile_kernels(TARGETS.replace("sm_110,", ""), PYTHONPATH=str(oldest))
+    text = compile_kernels(TARGETS.replace("sm_110,", ""), oldest)
     assert text.splitlines()[-1].endswith(f"for 4 targets, Triton {OLDEST}")
 
 
@@ -57,5 +58,5 @@ def test_oldest_triton_with_a_newer_ptxas(oldest: Path) -> None:
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
     if not ptxas.is_file():
         pytest.skip(f"Triton {triton.__version__} brings no {ptxas.name}")
-    text = compile_kernels("sm_110", PYTHONPATH=str(oldest), TRITON_PTXAS_BLACKWELL_PATH=str(ptxas))
+    text = compile_kernels("sm_110", oldest, TRITON_PTXAS_BLACKWELL_PATH=str(ptxas))
     assert text.splitlines()[-1].endswith(f"for 1 targets, Triton {OLDEST}")

@@ -54,12 +54,15 @@ class Compiled:
     @property
     def problem(self) -> str | None:
         """Why it must not be shipped, or None."""
-        shared, limit = self.shared_bytes, self.target.shared_bytes
-        if shared > limit:
-            return f"takes {shared / 1024:.1f} KiB of shared memory of {limit / 1024:.0f}"
+        problems = []
+        if self.shared_bytes > self.target.shared_bytes:
+            limit = f"{self.target.shared_bytes / 1024:.0f}"
+            problems.append(f"takes {self.shared_bytes / 1024:.1f} KiB of shared memory of {limit}")
         if self.tensor_columns > TENSOR_COLUMNS:
-            return f"takes {self.tensor_columns} columns of tensor memory of {TENSOR_COLUMNS}"
-        return f"spills {self.spill_bytes} bytes" if self.spill_bytes else None
+            problems.append(f"takes {self.tensor_columns} columns of tensor memory of {TENSOR_COLUMNS}")
+        if self.spill_bytes:
+            problems.append(f"spills {self.spill_bytes} bytes")
+        return " and ".join(problems) or None
 
 
 @dataclass(frozen=True)

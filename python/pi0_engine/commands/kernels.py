@@ -16,6 +16,7 @@ from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.kernels.gpu.cross_compile import Outcome, compile_all, instance_key, triton_version, why_not
 from pi0_engine.kernels.gpu.launch import Launch
 from pi0_engine.kernels.gpu.target import TARGETS, Target, parse_target
+from pi0_engine.kernels.registry import all_ops
 
 #: The inferences that are compiled: so many present cameras, an instruction of so many tokens.
 VIEWS = (1, 2, 3)
@@ -49,7 +50,7 @@ class Kernels:
         targets, left_out = self._targets()
         rows = [row for target in targets for row in self._instances(target)]
         if not rows:
-            raise ValueError(f"no kernel belongs to an op {self.op!r}")
+            raise ValueError(f"op is {self.op!r}, expected one of {sorted(all_ops())}")
         jobs = [(row.launch, row.target) for row in rows]
         for number, outcome in compile_all(jobs, processes=os.cpu_count() or 1, progress=show_progress(self.json)):
             rows[number].outcome = outcome
@@ -70,7 +71,8 @@ class Kernels:
 
     def _targets(self) -> tuple[list[Target], dict[str, str]]:
         """The targets to compile for, and why others are left out. One that was asked for by name is not."""
-        named = [parse_target(text.strip()) for text in self.target.split(",")] if self.target else []
+        names = dict.fromkeys(name.strip() for name in self.target.split(",")) if self.target else ()
+        named = [parse_target(name) for name in names]
         refused = {f"sm_{target.arch}": why for target in named or TARGETS.values() if (why := why_not(target))}
         if named and refused:
             raise ValueError("; ".join(f"{name}: {why}" for name, why in refused.items()))
@@ -128,6 +130,7 @@ class _Row:
             "shared_limit_bytes": self.target.shared_bytes,
             "seconds": compiled.seconds if compiled else None,
             "problem": self.result.problem,
+            "specialization": compiled.key if compiled else None,
         }
 
 
