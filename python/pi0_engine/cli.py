@@ -13,6 +13,7 @@ from pi0_engine.commands.bench import Bench
 from pi0_engine.commands.demo import Demo
 from pi0_engine.commands.env import Env
 from pi0_engine.commands.infer import Infer
+from pi0_engine.commands.kernels import Kernels
 from pi0_engine.commands.verify import Verify
 
 Command = (
@@ -21,6 +22,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Env, tyro.conf.subcommand("env")]
+    | Annotated[Kernels, tyro.conf.subcommand("kernels")]
 )
 
 
