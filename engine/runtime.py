@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 #: Tokens to which prompts are rounded up where every plan is a captured graph: 3 graphs serve all prompts of π0, and
 #: 12 more rows cost nothing inside a tile of 64.
-_GPU_PROMPT_BUCKET = 16
+GPU_PROMPT_BUCKET = 16
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Engine:
         num_steps: int | None = None,
     ) -> ShapePlan:
         """The lengths with which this engine serves such observations; arguments as of :meth:`ShapePlan.of`."""
-        bucket = self.engine_config.prompt_bucket or (_GPU_PROMPT_BUCKET if self.device.type == "cuda" else 1)
+        bucket = self.engine_config.prompt_bucket or (GPU_PROMPT_BUCKET if self.device.type == "cuda" else 1)
         return ShapePlan.of(
             self.config,
             views=views,

@@ -65,7 +65,7 @@ class TracingOps(Ops):
 def count_work(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list[Call]:
     """Every op call of one inference of these lengths, in order."""
     tracer = TracingOps()
-    _run_on_meta(tracer, config, plan, dtype, tracer.lap)
+    run_on_meta(tracer, config, plan, dtype, tracer.lap)
     return tracer.calls
 
 
@@ -74,11 +74,12 @@ def record_launches(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, targ
     launches: list[Launch] = []
     configs, _ = configs_for(target.arch)
     ops = select_ops("triton", torch.device("meta"), Launcher(target, configs, launches.append))
-    _run_on_meta(ops, config, plan, dtype, lambda stage: None)
+    run_on_meta(ops, config, plan, dtype, lambda stage: None)
     return launches
 
 
-def _run_on_meta(ops: Ops, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, lap: Callable[[str], None]) -> None:
+def run_on_meta(ops: Ops, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, lap: Callable[[str], None]) -> None:
+    """Call ``ops`` as one inference of these lengths does, on tensors without contents."""
     source, meta = shapes_only(config), torch.device("meta")
     weights = pack_weights(source, dtype, meta)
     steps = TimeTerms(source, weights.expert, meta)(plan.num_steps)
