@@ -21,7 +21,7 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.engine import pipeline
 from pi0_engine.engine.graph import CapturedGraph
 from pi0_engine.engine.memory import check_free_memory, reporting_memory
-from pi0_engine.engine.plan import ShapePlan
+from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
@@ -35,10 +35,6 @@ from pi0_engine.kernels.registry import Ops, select_ops
 from pi0_engine.kernels.stream import Scratch
 
 log = logging.getLogger(__name__)
-
-#: Tokens to which prompts are rounded up where every plan is a captured graph: 3 graphs serve all prompts of π0, and
-#: 12 more rows cost nothing inside a tile of 64.
-GPU_PROMPT_BUCKET = 16
 
 
 @dataclass(frozen=True)

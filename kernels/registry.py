@@ -149,7 +149,8 @@ def _choose(entry: Op, wanted: str, device: torch.device) -> Choice:
         return Choice(entry.name, wanted, "asked for by name")
     refused: list[str] = []
     for name in entry.implementations:
-        why = _why_not(entry, name, device)
+        # The interpreter is for tests: nobody gets it without asking.
+        why = "it is for GPUs" if device.type == "cpu" else _why_not(entry, name, device)
         if why is None:
             return Choice(entry.name, name, "; ".join([*refused, "fastest available"]))
         refused.append(f"{name}: {why}")

@@ -135,6 +135,15 @@ class Pi0Policy:
         if self.subtask is not None:
             self.subtask.reset()
 
+    def warm_up(self, *, num_samples: int = 1, progress: bool = False) -> None:
+        """Prepare for all cameras of the robot and any instruction, so that the first observation is as fast as others.
+
+        On a GPU this compiles the kernels and captures the graphs: seconds, once. See :meth:`Engine.warm_up`.
+        """
+        views = sum(camera.slot is not None for camera in self.transform.robot.cameras)
+        with self._lock:
+            self.engine.warm_up(views=views, samples=num_samples, horizon=self.config.action_horizon, progress=progress)
+
     def infer(
         self,
         observation: Observation | Sequence[Observation],

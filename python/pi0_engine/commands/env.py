@@ -15,6 +15,8 @@ from pi0_engine.commands.options import Backend, Dtype, print_json
 from pi0_engine.engine.runtime import resolve_device, resolve_dtype
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.kernels.gemm import cpu_computes_bfloat16
+from pi0_engine.kernels.gpu.configs import configs_for
+from pi0_engine.kernels.gpu.launch import Launcher
 from pi0_engine.kernels.registry import select_ops
 
 _OPTIONAL = {
@@ -54,7 +56,7 @@ class Env:
     def _report(self) -> dict[str, dict[str, Any]]:
         device = resolve_device(self.device)
         dtype, why = resolve_dtype(self.dtype, device)
-        frames = FramePreprocessor()
+        frames, ops = FramePreprocessor(), select_ops(self.backend, device)
         widened = device.type == "cpu" and dtype == torch.bfloat16 and not cpu_computes_bfloat16()
         arithmetic = "float32 per call: this processor only emulates bfloat16" if widened else "in the dtype"
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -74,14 +76,21 @@ class Env:
                 "device": str(device),
                 "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
                 "matrix products": arithmetic,
+                "launch configurations": _launch_configs(ops.launcher),
                 "frames": f"{frames.implementation}: {frames.reason}",
             },
-            "ops": {
-                choice.op: f"{choice.implementation}: {choice.reason}"
-                for choice in select_ops(self.backend, device).choices
-            },
+            "ops": {choice.op: f"{choice.implementation}: {choice.reason}" for choice in ops.choices},
             "optional packages": {name: _installed(name, extra) for name, extra in _OPTIONAL.items()},
         }
+
+
+def _launch_configs(launcher: Launcher | None) -> str:
+    """For which GPU generation the tile sizes were made, which may be another than the one at hand."""
+    if launcher is None:
+        return "none needed: no kernel of ours runs here"
+    _, listed = configs_for(launcher.target.arch)
+    found = f"of sm_{listed}"
+    return found if listed == launcher.target.arch else f"{found}, the nearest to sm_{launcher.target.arch}"
 
 
 def _installed(name: str, extra: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from pi0_engine.commands.options import print_json, show_progress, table
 from pi0_engine.config import Pi0Config
 from pi0_engine.engine import trace
-from pi0_engine.engine.plan import ShapePlan
+from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.kernels.gpu.cross_compile import Outcome, compile_all, instance_key, triton_version, why_not
 from pi0_engine.kernels.gpu.launch import Launch
 from pi0_engine.kernels.gpu.target import TARGETS, Target, parse_target
@@ -91,7 +91,7 @@ class Kernels:
             config = Pi0Config.load(name)
             prompt = min(PROMPT_TOKENS, config.token_capacity)
             for views in VIEWS:
-                plan = ShapePlan.of(config, views=[views], prompt_lengths=[prompt])
+                plan = ShapePlan.of(config, views=[views], prompt_lengths=[prompt], prompt_bucket=GPU_PROMPT_BUCKET)
                 for launch in trace.record_launches(config, plan, getattr(torch, self.dtype), target):
                     if self.op in (None, launch.op):
                         yield f"{name} with {views} view{'s'[: views > 1]}", launch
