@@ -31,7 +31,15 @@ LAYERS = [
         "pi0_engine.transforms",
         "pi0_engine.engine",
     ],
-    ["pi0_engine.policy", "pi0_engine.benchmark", "pi0_engine.plots"],
+    [
+        "pi0_engine.policy",
+        "pi0_engine.benchmark",
+        "pi0_engine.op_calls",
+        "pi0_engine.plots",
+        "pi0_engine.profiling",
+        "pi0_engine.timing",
+        "pi0_engine.tuning",
+    ],
     ["pi0_engine.commands", "pi0_engine.cli", "pi0_engine.serving", "pi0_engine.integrations", "pi0_engine.__main__"],
 ]
 

@@ -73,12 +73,12 @@ class Launcher:
         *,
         concurrent: bool = True,
     ) -> None:
-        self.target, self._configs, self._execute = target, configs, execute
+        self.target, self.configs, self._execute = target, configs, execute
         self.concurrent = concurrent
 
     def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
         """The configuration for ``rows`` x ``n`` results from ``k`` products each, less what the GPU does not have."""
-        found, target = self._configs.find(op, rows=rows, n=n, k=k), self.target
+        found, target = self.configs.find(op, rows=rows, n=n, k=k), self.target
         return dataclasses.replace(
             found,
             tma=found.tma and target.has_tma,

@@ -10,7 +10,6 @@ import gc
 import platform
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.gemm import arithmetic_dtype
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import Pi0Reference
+from pi0_engine.timing import call_seconds
 
 #: Engine against reference before anything is timed, relative L2: exact algebra in float32; in bfloat16 two
 #: independent roundings, each up to 0.01 from float32 (docs/parity.md).
@@ -41,6 +41,7 @@ class Workload:
     Attributes:
         views: cameras present; the reference computes all slots (three or more) and masks the rest.
         prompt_tokens: valid tokens; the reference pads them to the model's capacity.
+        samples: candidate chunks from one prefix.
     """
 
     config: Pi0Config
@@ -49,6 +50,7 @@ class Workload:
     horizon: int
     num_steps: int
     seed: int
+    samples: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.views <= 4:
@@ -57,7 +59,7 @@ class Workload:
             raise ValueError(f"prompt tokens are {self.prompt_tokens}, expected 1 to {self.config.token_capacity}")
 
     def inputs(self) -> tuple[ModelInputs, Tensor]:
-        """Random images, tokens and state, and noise float32 [1, 1, H, action_dim]."""
+        """Random images, tokens and state, and noise float32 [1, samples, H, action_dim]."""
         generator = torch.Generator().manual_seed(self.seed)
         config, slots = self.config, max(self.views, len(CAMERA_SLOTS))
         size, length = config.vision.image_size, config.token_capacity
@@ -70,7 +72,7 @@ class Workload:
             token_mask=(torch.arange(length) < self.prompt_tokens)[None],
             state=torch.randn(1, config.action_dim, generator=generator),
         )
-        return inputs, torch.randn(1, 1, self.horizon, config.action_dim, generator=generator)
+        return inputs, torch.randn(1, self.samples, self.horizon, config.action_dim, generator=generator)
 
 
 def run_benchmark(
@@ -174,27 +176,21 @@ def _measure_reference(
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """What this machine does at best: FLOP/s of a large matrix product, bytes/s of a large copy (read and write)."""
-    a = torch.ones(1024, 4096, dtype=dtype, device=device)
+    """What this machine does at best: FLOP/s of a large matrix product, bytes/s of a large copy (read and write).
+
+    Of random numbers: products of zeros or ones take less power, so that a GPU runs them faster.
+    """
+    n = 8192 if device.type == "cuda" else 4096  # a GPU's product of 1024 rows would be over before it is under way
+    rows = n if device.type == "cuda" else 1024
+    a = torch.randn(rows, n, device=device).to(dtype)
     a = a.to(arithmetic_dtype(a))
-    b = a.new_ones(4096, 4096)
-    big = torch.ones(64 << 20, dtype=torch.float32, device=device)
+    b = torch.randn(n, n, device=device).to(a.dtype)
+    product = a.new_empty(rows, n)
+    gemm_s = min(call_seconds([lambda: torch.matmul(a, b, out=product)], device, repeats=5))
+    big = torch.rand(64 << 20, dtype=torch.float32, device=device)
     other = torch.empty_like(big)
-    gemm_s = _best(lambda: a @ b, device)
-    copy_s = _best(lambda: other.copy_(big), device)
-    return {"flops_per_s": 2 * 1024 * 4096 * 4096 / gemm_s, "bytes_per_s": 2 * big.numel() * 4 / copy_s}
-
-
-def _best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    def once() -> float:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    once()
-    return min(once() for _ in range(repeats))
+    copy_s = min(call_seconds([lambda: other.copy_(big)], device, repeats=5))
+    return {"flops_per_s": 2 * rows * n * n / gemm_s, "bytes_per_s": 2 * big.numel() * 4 / copy_s}
 
 
 def peak_memory(device: torch.device) -> int:

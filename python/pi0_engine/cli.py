@@ -14,6 +14,8 @@ from pi0_engine.commands.demo import Demo
 from pi0_engine.commands.env import Env
 from pi0_engine.commands.infer import Infer
 from pi0_engine.commands.kernels import Kernels
+from pi0_engine.commands.profile import Profile
+from pi0_engine.commands.tune import Tune
 from pi0_engine.commands.verify import Verify
 
 Command = (
@@ -21,6 +23,8 @@ Command = (
     | Annotated[Infer, tyro.conf.subcommand("infer")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Env, tyro.conf.subcommand("env")]
     | Annotated[Kernels, tyro.conf.subcommand("kernels")]
 )

@@ -1,4 +1,4 @@
-"""Pictures for people: an action chunk per joint, a benchmark per stage. Needs matplotlib (extra ``plot``)."""
+"""Pictures for people: an action chunk per joint, a benchmark per stage, a roofline of ops. Needs matplotlib (extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -67,6 +67,43 @@ def plot_stages(path: str | Path, stages: Sequence[str], series: Mapping[str, Se
     axis.set_title(title, fontsize=10)
     axis.legend()
     figure.savefig(path, dpi=130)
+
+
+def plot_roofline(
+    path: str | Path,
+    points: Mapping[str, Sequence[tuple[str, float, float]]],
+    flops_per_s: float,
+    bytes_per_s: float,
+    title: str,
+) -> None:
+    """FLOP/s over FLOP per byte, both logarithmic, under the two ceilings of a machine.
+
+    Args:
+        points: of each stage, one colour each: (label, FLOP per byte, FLOP/s).
+        flops_per_s, bytes_per_s: the ceilings.
+    """
+    figure = _figure(figsize=(9.5, 6))
+    axis = figure.subplots()
+    reached = [point for stage in points.values() for point in stage]
+    ridge = flops_per_s / bytes_per_s
+    left = min([ridge, *(intensity for _, intensity, _ in reached)]) / 2
+    right = max([ridge, *(intensity for _, intensity, _ in reached)]) * 4
+    x = np.geomspace(left, right, 200)
+    axis.plot(x, np.minimum(flops_per_s, bytes_per_s * x), color="black", linewidth=1.2)
+    axis.text(right, flops_per_s * 1.12, f"{flops_per_s / 1e9:.4g} GFLOP/s", fontsize=8, ha="right")
+    axis.text(left, bytes_per_s * left * 1.5, f"{bytes_per_s / 1e9:.4g} GB/s", fontsize=8)
+    for stage, entries in points.items():
+        axis.scatter([p[1] for p in entries], [p[2] for p in entries], s=22, label=stage, zorder=3)
+        for label, intensity, rate in entries:
+            axis.annotate(label, (intensity, rate), fontsize=6.5, xytext=(4, -3), textcoords="offset points")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("FLOP per byte that must cross memory")
+    axis.set_ylabel("FLOP/s")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3, which="both", linewidth=0.4)
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def _figure(figsize: tuple[float, float]) -> Figure:

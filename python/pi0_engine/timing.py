@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -53,8 +54,11 @@ class ClockedOps(Ops):
             ops.choices,
             ops.launcher,
         )
-        self._device = device
+        self._ops, self._device = ops, device
         self._marks: list[tuple[Any, Any]] = []
+
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        return self._ops.range(name)
 
     def take_seconds(self) -> list[float]:
         """Of the calls since the last time, in order; waits for the GPU."""

@@ -38,6 +38,8 @@ class Bench:
     """'auto' is bfloat16 where the processor computes it, else float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Backend = "auto"
+    launch_configs: str | None = None
+    """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
     baseline: Literal["reference"] | None = None
     """Also time the plain PyTorch reference, which computes every camera slot and all padding."""
     runs: int = 10
@@ -57,7 +59,9 @@ class Bench:
             num_steps=config.num_steps if self.num_steps is None else self.num_steps,
             seed=self.random_weights,
         )
-        engine = EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend)
+        engine = EngineConfig(
+            device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
+        )
         report = run_benchmark(
             work,
             engine,

@@ -53,6 +53,8 @@ class Infer:
     device: str = "cpu"
     dtype: Dtype = "auto"
     backend: Backend = "auto"
+    launch_configs: str | None = None
+    """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
     output: str | None = None
     """Save the actions, float32 [H, A] or [samples, H, A], to this .npy."""
     plot: str | None = None
@@ -89,7 +91,9 @@ class Infer:
         return Pi0Policy.from_checkpoint(
             self.model.open(),
             robot=robot,
-            engine=EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend),
+            engine=EngineConfig(
+                device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
+            ),
             tokenizer=self.tokenizer or (demo_tokenizer() if is_random else None),
             norm_stats=self.norm_stats or (NormStats.identity() if is_random else None),
             asset_id=self.asset_id,

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
@@ -32,8 +33,11 @@ class ModelOptions:
     config: str | None = None
     """'pi0', 'pi05' or a JSON file of sizes. Only needed where the checkpoint does not tell."""
 
-    def open(self, fallback_config: Pi0Config | None = None) -> Checkpoint:
-        """The checkpoint; ``fallback_config`` serves where neither the user nor the checkpoint says the sizes."""
+    def open(self, fallback_config: Pi0Config | None = None, dtype: torch.dtype = torch.float32) -> Checkpoint:
+        """The checkpoint; ``fallback_config`` serves where neither the user nor the checkpoint says the sizes.
+
+        ``dtype`` is that of random weights.
+        """
         if (self.checkpoint is None) == (self.random_weights is None):
             raise ValueError("expected exactly one of --checkpoint and --random-weights")
         config = Pi0Config.load(self.config) if self.config else None
@@ -44,7 +48,7 @@ class ModelOptions:
         config = config or fallback_config
         if config is None or self.random_weights is None:
             raise ValueError("--random-weights needs --config: 'pi0', 'pi05' or a JSON file")
-        return RandomCheckpoint(config, self.random_weights)
+        return RandomCheckpoint(config, self.random_weights, dtype)
 
 
 def print_json(data: Any) -> None:
@@ -57,12 +61,12 @@ def show_progress(json_output: bool) -> bool:
     return sys.stderr.isatty() and not json_output
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Plain aligned columns, the first to the left, the others to the right."""
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Plain aligned columns, the first ``left`` of them to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))
