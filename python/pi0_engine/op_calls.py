@@ -5,9 +5,10 @@ What a kernel is timed or checked with has the shapes, dtypes and options of the
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from pi0_engine.kernels.stream import Scratch, Stream
 
 #: Arguments that are weights: another one in every layer.
 WEIGHTS = ("weight", "gate_up", "down", "ahead")
+
+#: Sets of weights at most.
+_MOST_COPIES = 64
 
 Arguments = dict[str, Any]
 
@@ -46,6 +50,17 @@ class OpCall:
     def weight_bytes(self) -> int:
         tensors = [self.arguments[name] for name in WEIGHTS if isinstance(self.arguments.get(name), Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Of what is multiplied, or of what is stored where nothing is."""
+        for name in ("weight", "gate_up", "qkv", "q"):
+            if isinstance(self.arguments.get(name), Tensor):
+                dtype: torch.dtype = self.arguments[name].dtype
+                return dtype
+        stream = self.arguments["out"]
+        assert isinstance(stream, Stream), self.op
+        return stream.rounded.dtype
 
     @property
     def shape(self) -> str:
@@ -85,7 +100,23 @@ def fill(call: OpCall, device: torch.device, scratch: Scratch, seed: int = 0) ->
     return _Filler(call, device, scratch, seed).arguments()
 
 
-def with_other_weights(arguments: Arguments, copies: int) -> list[Arguments]:
+def repeated(
+    function: OpFunction, call: OpCall, arguments: Arguments, times: int, device: torch.device
+) -> list[Callable[[], object]]:
+    """``times`` calls or more, as they follow each other in the engine: every one with other weights.
+
+    On a GPU they are so many that together they are twice its L2 cache, where this takes at most 64: a call then reads
+    its weights from memory, as it does when the other layers have run since the last time.
+    """
+    copies = 1
+    if device.type == "cuda" and call.weight_bytes:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        copies = max(1, min(-(-2 * cache // call.weight_bytes), _MOST_COPIES))
+    sets = _with_other_weights(arguments, copies)
+    return [functools.partial(function, **sets[index % copies]) for index in range(max(times, copies))]
+
+
+def _with_other_weights(arguments: Arguments, copies: int) -> list[Arguments]:
     """``copies`` sets of arguments that share everything but their weights, which lie in different memory."""
     sets = [arguments]
     for _ in range(1, copies):

@@ -1,4 +1,7 @@
-"""Pictures for people: an action chunk per joint, a benchmark per stage, a roofline of ops. Needs matplotlib (extra ``plot``)."""
+"""Pictures for people: an action chunk per joint, a benchmark per stage, a roofline of ops.
+
+They need matplotlib (extra ``plot``).
+"""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import TracingOps
 from pi0_engine.kernels.gpu.launch import Launch, Launcher
 from pi0_engine.kernels.registry import OpFunction, Ops, all_ops, select_ops
-from pi0_engine.op_calls import OpCall, fill, record_op_calls, with_other_weights
+from pi0_engine.op_calls import OpCall, fill, record_op_calls, repeated
 from pi0_engine.timing import ClockedOps, call_seconds
 
-#: Calls in the graph that times one op, and how many sets of weights they go through at most.
-CALLS_AT_ONCE, _MOST_COPIES = 20, 64
+#: Calls in the graph that times one op.
+CALLS_AT_ONCE = 20
 
 
 @dataclasses.dataclass
@@ -260,21 +260,11 @@ def _rows(
 
 
 def time_alone(engine: Engine, call: OpCall) -> float:
-    """Seconds per call, back to back on random numbers, with enough sets of weights that none is still in L2."""
-    function = getattr(engine.ops, call.op)
-    copies = weight_copies(call.weight_bytes, engine.device)
-    sets = with_other_weights(fill(call, engine.device, engine.scratch), copies)
-    calls = [functools.partial(function, **sets[i % copies]) for i in range(max(CALLS_AT_ONCE, copies))]
+    """Seconds per call, back to back on random numbers."""
+    arguments = fill(call, engine.device, engine.scratch)
     with torch.inference_mode():
+        calls = repeated(getattr(engine.ops, call.op), call, arguments, CALLS_AT_ONCE, engine.device)
         return statistics.median(call_seconds(calls, engine.device))
-
-
-def weight_copies(weight_bytes: int, device: torch.device) -> int:
-    """Sets of weights of that size that are twice the L2 cache together; 1 on a CPU or without weights."""
-    if device.type != "cuda" or weight_bytes == 0:
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(-(-2 * cache // weight_bytes), _MOST_COPIES)
 
 
 def _launches(engine: Engine, call: OpCall) -> list[Launch]:

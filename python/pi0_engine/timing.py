@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -41,8 +42,7 @@ def call_seconds(calls: Sequence[Callable[[], object]], device: torch.device, re
             graph.replay()
             mark.record()
         torch.cuda.synchronize(device)
-    pairs = zip(marks, marks[1:], strict=False)
-    return [1e-3 * begin.elapsed_time(end) / len(calls) for begin, end in pairs]
+    return [1e-3 * begin.elapsed_time(end) / len(calls) for begin, end in itertools.pairwise(marks)]
 
 
 class ClockedOps(Ops):
