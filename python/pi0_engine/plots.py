@@ -92,9 +92,8 @@ def plot_roofline(
     left = min([ridge, *(intensity for _, intensity, _ in reached)]) / 2
     right = max([ridge, *(intensity for _, intensity, _ in reached)]) * 4
     x = np.geomspace(left, right, 200)
-    axis.plot(x, np.minimum(flops_per_s, bytes_per_s * x), color="black", linewidth=1.2)
-    axis.text(right, flops_per_s * 1.12, f"{flops_per_s / 1e9:.4g} GFLOP/s", fontsize=8, ha="right")
-    axis.text(left, bytes_per_s * left * 1.5, f"{bytes_per_s / 1e9:.4g} GB/s", fontsize=8)
+    ceilings = f"measured: {bytes_per_s / 1e9:.4g} GB/s, {flops_per_s / 1e9:.4g} GFLOP/s"
+    axis.plot(x, np.minimum(flops_per_s, bytes_per_s * x), color="black", linewidth=1.2, label=ceilings)
     for stage, entries in points.items():
         axis.scatter([p[1] for p in entries], [p[2] for p in entries], s=22, label=stage, zorder=3)
         for label, intensity, rate in entries:
@@ -105,7 +104,7 @@ def plot_roofline(
     axis.set_ylabel("FLOP/s")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
-    axis.legend()
+    axis.legend(loc="lower right", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ class Outcome:
     Attributes:
         present, best: configurations; the same where nothing was faster or nothing was tried.
         present_seconds, best_seconds: per call; 0 where the case was not reached.
-        tried: candidates timed, the present configuration included.
+        tried: configurations timed, the present configuration included.
         dropped: those that were not timed or gave wrong results, with the reason.
         finished: whether all candidates were tried before the time was up.
     """
@@ -78,12 +79,13 @@ def tune(
     bench = _Bench(base, target, device)
     bar = functools.partial(tqdm, disable=not progress, leave=False)
     present = {case.key: bench.measure(case, bench.present(case)) for case in bar(cases, "present configurations")}
-    ordered = sorted(cases, key=lambda case: -(_seconds(present[case.key]) or 0.0) * case.count)
+    # Where the present configuration fails, nothing is more urgent.
+    ordered = sorted(cases, key=lambda case: -case.count * _seconds(present[case.key], failed=math.inf))
     for case in bar(ordered, "tuning"):
         if time.monotonic() < deadline:
             yield bench.search(case, limit, deadline)
         else:
-            config, seconds = bench.present(case), _seconds(present[case.key]) or 0.0
+            config, seconds = bench.present(case), _seconds(present[case.key], failed=0.0)
             yield Outcome(case, config, config, seconds, seconds, 0, [], False)
 
 
@@ -167,11 +169,11 @@ def measured_rules(outcomes: Sequence[Outcome], device_name: str, date: str) -> 
     """
     measured = sorted((o for o in outcomes if o.tried), key=lambda o: (o.case.op, o.case.n or 0, o.case.k, o.case.rows))
     rules = []
-    for outcome, following in zip(measured, [*measured[1:], None], strict=True):
+    for index, outcome in enumerate(measured):
         case = outcome.case
-        family = (case.op, case.n, case.k)
-        is_last = following is None or (following.case.op, following.case.n, following.case.k) != family
-        reach = 2 * case.rows if following is None or is_last else (case.rows + following.case.rows) // 2
+        following = [o.case for o in measured[index + 1 : index + 2]]
+        same = [c for c in following if (c.op, c.n, c.k) == (case.op, case.n, case.k)]
+        reach = (case.rows + same[0].rows) // 2 if same else 2 * case.rows
         source = f"measured {date}, {device_name}, {1e6 * outcome.best_seconds:.1f} us"
         if outcome.best != outcome.present and outcome.present_seconds:
             source += f" (was {1e6 * outcome.present_seconds:.1f})"
@@ -186,8 +188,8 @@ def merge_rules(measured: Sequence[Rule], base: LaunchConfigs) -> LaunchConfigs:
     return LaunchConfigs([*measured, *kept])
 
 
-def _seconds(result: float | str) -> float | None:
-    return None if isinstance(result, str) else result
+def _seconds(result: float | str, failed: float) -> float:
+    return failed if isinstance(result, str) else result
 
 
 def _short(config: LaunchConfig) -> str:

@@ -82,7 +82,7 @@ def find_cases(
             problem = _problem(op, rows, n, k, call)
             case = cases.setdefault((op, rows, fixed_n, k), Case(op, rows, fixed_n, k, problem))
             case.calls.append((call, count))
-            if n > case.problem.n:
+            if n * problem.instances > case.problem.n * case.problem.instances:
                 case.problem = problem
     for case in cases.values():
         case.calls = sorted(case.calls, key=lambda entry: -entry[1])[:_MOST_SHAPES]
