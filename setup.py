@@ -53,8 +53,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "pi0_engine._C",
-            sources=["csrc/bindings.cpp", "csrc/resize_with_pad.cpp"],
-            depends=["csrc/resize_with_pad.h"],
+            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             cxx_std=17,
             # No fused multiply-add: every processor rounds the resampling weights alike.
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=off"],
