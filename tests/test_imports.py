@@ -20,6 +20,7 @@ LAYERS = [
     [
         "pi0_engine.cases",
         "pi0_engine.checkpoint",
+        "pi0_engine.frames",
         "pi0_engine.hub",
         "pi0_engine.images",
         "pi0_engine.lora",
@@ -42,7 +43,7 @@ ALLOWED = {
     "pi0_engine.inputs": ("pi0_engine.config",),
     # The oracle shares no code with what it judges.
     "pi0_engine.reference": ("pi0_engine.config", "pi0_engine.reference"),
-    "pi0_engine.kernels": ("pi0_engine.config", "pi0_engine.kernels"),
+    "pi0_engine.kernels": ("pi0_engine.config", "pi0_engine.kernels", "pi0_engine._C"),
     "pi0_engine.engine": (
         "pi0_engine.config",
         "pi0_engine.parameters",
