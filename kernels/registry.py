@@ -160,7 +160,8 @@ def _choose(entry: Op, wanted: str, device: torch.device) -> Choice:
     refused: list[str] = []
     for name in entry.implementations:
         # The interpreter is for tests: nobody gets it without asking.
-        why = "it is for GPUs" if device.type == "cpu" else _why_not(entry, name, device)
+        interpreted = name == "triton" and device.type == "cpu"
+        why = "it is for GPUs" if interpreted else _why_not(entry, name, device)
         if why is None:
             return Choice(entry.name, name, "; ".join([*refused, "fastest available"]))
         refused.append(f"{name}: {why}")

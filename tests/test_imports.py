@@ -48,6 +48,7 @@ ALLOWED = {
         "pi0_engine.config",
         "pi0_engine.parameters",
         "pi0_engine.inputs",
+        "pi0_engine.frames",
         "pi0_engine.kernels",
         "pi0_engine.engine",
     ),
