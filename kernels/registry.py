@@ -134,8 +134,12 @@ def select_ops(
     Raises:
         ValueError: a named implementation that does not exist or is unavailable on ``device``, with the reason.
     """
+    prefer = prefer or {}
+    for name in prefer:
+        if name not in all_ops():
+            raise ValueError(f"there is no op {name!r}; the ops are {sorted(all_ops())}")
     choices = tuple(
-        _choose(entry, (prefer or {}).get(name) or _wanted(entry, backend), device) for name, entry in all_ops().items()
+        _choose(entry, prefer.get(name) or _wanted(entry, backend), device) for name, entry in all_ops().items()
     )
     if launcher is None and any(choice.implementation not in _WITHOUT_LAUNCHER for choice in choices):
         target = target_of(device)

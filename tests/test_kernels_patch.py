@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from op_checks import SCRATCH, check, check_stream, randn, unset, unset_stream, weight
-from pi0_engine.engine.runtime import cut_patches
+from pi0_engine.engine.session import cut_patches
 from pi0_engine.kernels.patch import embed_prompt, patch_embed
 from pi0_engine.kernels.registry import REGISTRY, Cost
 
@@ -21,7 +22,7 @@ def test_patch_embed_is_a_strided_convolution(count: int, size: int, patch: int,
     images, patches = randn(count, size, size, 3), (size // patch) ** 2
     w, position = weight(width, 3 * patch**2), randn(patches, width)
     out = unset_stream(count * patches, width, BF16, sums=True)
-    patch_embed(cut_patches(images, patch), w, position, out=out, scratch=SCRATCH)
+    patch_embed(cut(images, patch), w, position, out=out, scratch=SCRATCH)
     kernel = w.view(width, patch, patch, 3).permute(0, 3, 1, 2)
     expected = F.conv2d(images.permute(0, 3, 1, 2).double(), kernel.double(), stride=patch)
     expected = expected.flatten(2).transpose(1, 2) + position.double()
@@ -36,17 +37,25 @@ def test_patches_are_row_major_and_pixels_too() -> None:
     for number, expected in ((3, [1, 3, 9, 11]), (0, [0, 2, 8, 10]), (2, [0.5, 2.5, 8.5, 10.5]), (6, [4, 6, 12, 14])):
         w, out = torch.zeros(1, 12), unset_stream(4, 1, sums=True)
         w[0, number] = 1.0  # 0: first pixel, first channel; 3: second pixel of a patch's first row; 6: second row
-        patch_embed(cut_patches(images, 2), w, torch.zeros(4, 1), out=out, scratch=SCRATCH)
+        patch_embed(cut(images, 2), w, torch.zeros(4, 1), out=out, scratch=SCRATCH)
         assert out.x.flatten().tolist() == expected
 
 
 def test_patches_of_several_images_are_stacked() -> None:
     images = randn(3, 28, 28, 3)
-    cut = cut_patches(images, 14)
-    assert cut.shape == (12, 588)
+    stacked = cut(images, 14)
+    assert stacked.shape == (12, 588)
     for n in range(3):
-        assert torch.equal(cut[4 * n : 4 * n + 4], cut_patches(images[n : n + 1], 14))
-    assert cut_patches(images[:0], 14).shape == (0, 588)
+        assert torch.equal(stacked[4 * n : 4 * n + 4], cut(images[n : n + 1], 14))
+    assert cut(images[:0], 14).shape == (0, 588)
+    assert torch.equal(cut(images.transpose(1, 2), 14)[1], cut(images.transpose(1, 2).contiguous(), 14)[1])
+
+
+def cut(images: Tensor, patch: int) -> Tensor:
+    count, size, _, _ = images.shape
+    out = unset(count * (size // patch) ** 2, 3 * patch**2)
+    cut_patches(images, patch, out=out)
+    return out
 
 
 @pytest.mark.parametrize("width", [7, 150])
