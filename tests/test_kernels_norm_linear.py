@@ -89,13 +89,9 @@ def test_norms_have_eps_1e_6() -> None:
     out, actions = unset(1, 2), torch.zeros(1, 2)
     # The rows of this weight have mean 0: half of the difference of the two columns.
     halves = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
-    layernorm_linear(
-        stream(x, torch.float32, sums=True), halves, torch.zeros(2), None, out=out, scratch=SCRATCH
-    )
+    layernorm_linear(stream(x, torch.float32, sums=True), halves, torch.zeros(2), None, out=out, scratch=SCRATCH)
     torch.testing.assert_close(out, expected)
-    rmsnorm_linear_euler(
-        stream(x, torch.float32), torch.eye(2), torch.zeros(2), actions=actions, scratch=SCRATCH
-    )
+    rmsnorm_linear_euler(stream(x, torch.float32), torch.eye(2), torch.zeros(2), actions=actions, scratch=SCRATCH)
     torch.testing.assert_close(actions, expected)
     # rmsnorm_geglu of (a, b): gelu(a) * b.
     hidden = unset(1, 1)

@@ -224,9 +224,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("name", "package"), [("triton", "Triton"), ("flash_attn", "flash-attn")])
-def test_what_is_not_installed_says_how_to_install_it(
-    name: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_installed_says_how_to_install_it(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "find_spec", lambda module: None)
     extra = {"triton": "gpu", "flash_attn": "flash-attn"}[name]
     for device in (CPU, CUDA, META):
