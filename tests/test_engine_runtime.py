@@ -100,10 +100,13 @@ def test_nothing_is_read_that_this_call_did_not_write(model_type: ModelType, dty
     inputs = random_inputs(config, [[True, True, True], [False, True, False]], [12, 1])
     noise = random_noise(config, 2, samples=2)
     expected = running.infer(inputs, noise).actions
-    (space,) = running._workspaces.values()
+    (session,) = running._sessions.values()
+    space = session.space
     with torch.inference_mode():
         space.arena.fill_(0xFF)
-        assert all(space[name].isnan().all() for name in ("prefix_x", "cache_k", "suffix_hidden"))
+        space.lengths.fill_(-1)
+        space.suffix_positions.fill_(-1)
+        assert all(space[name].isnan().all() for name in ("prompt", "prefix_x", "cache_k", "suffix_k", "suffix_hidden"))
     assert torch.equal(running.infer(inputs, noise).actions, expected)
 
 
@@ -175,13 +178,13 @@ def test_the_least_recently_used_plan_is_freed() -> None:
         running.infer(random_inputs(PI0, prompt_lengths=lengths), random_noise(PI0))
 
     def kept() -> set[int]:
-        return {plan.prefix - 3 * 4 for plan in running._workspaces}
+        return {plan.prefix - 3 * 4 for plan in running._sessions}
 
     infer(a)
-    first = next(iter(running._workspaces.values()))
+    first = next(iter(running._sessions.values()))
     infer(b)
     infer(a)
-    assert first in running._workspaces.values()
+    assert first in running._sessions.values()
     infer(c)
     assert kept() == {1, 3}
 
