@@ -199,7 +199,7 @@ def test_buffers_that_never_meet_share_bytes() -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_positions_follow_the_prefix(model_type: ModelType) -> None:
-    """State and actions come behind the valid tokens, wherever their rows are: chunk by chunk, then the state tokens."""
+    """State and actions follow the valid tokens, wherever their rows are: chunk by chunk, then the state tokens."""
     config = small_config(model_type)
     plan = ShapePlan.of(config, views=[1, 2], prompt_lengths=[2, 3], samples=2, horizon=3)
     space = workspace(config, plan)

@@ -53,8 +53,9 @@ def flow_layer(rows: int) -> int:
 
 
 def test_flow_work_by_hand() -> None:
-    """Ten steps of 50 action tokens, whose keys are 532 of the prefix, the chunk's own and the state's; and in the first
-    step the state token, which sees the prefix and itself.
+    """Ten steps of 50 action tokens, whose keys are 532 of the prefix, the chunk's own and the state's.
+
+    And in the first step the state token, which sees the prefix and itself.
     """
     layer = flow_layer(50) + 4 * 50 * (532 + 50 + 1) * 2048
     ends = 2 * 50 * (32 * 1024 + 1024 * 1024 + 1024 * 32)
@@ -122,7 +123,7 @@ def test_a_count_is_what_runs(model_type: ModelType) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_number_of_calls(model_type: ModelType) -> None:
-    """Five ops per layer of the towers, one in the last prefix layer, four per expert layer, with the state or without."""
+    """Five ops per layer of the towers, one in the last prefix layer, four per expert layer."""
     config = small_config(model_type)
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[3])
     calls = count_work(config, plan, torch.float32)

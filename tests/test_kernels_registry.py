@@ -62,6 +62,7 @@ def chosen(ops: Any) -> dict[str, tuple[str, str]]:
 def test_the_ops_of_the_engine() -> None:
     assert sorted(all_ops()) == [
         "embed_prompt",
+        "frames_to_patches",
         "layernorm_linear",
         "linear",
         "linear_residual",
@@ -83,7 +84,7 @@ def test_cost_and_implementations_take_the_arguments_of_the_meaning(name: str) -
     entry = all_ops()[name]
     wanted = parameters(inspect.signature(entry.meaning).parameters)
     assert parameters(inspect.signature(entry.cost).parameters) == wanted
-    assert "triton" in entry.implementations
+    assert next(iter(entry.implementations)) == ("cuda" if name == "frames_to_patches" else "triton")
     for module in entry.implementations.values():
         path = KERNELS.joinpath(*module.split(".")).with_suffix(".py")
         functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == name]
@@ -126,9 +127,10 @@ def test_auto_without_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_on_a_cpu_takes_the_meanings(fakes: Implementations) -> None:
     """Even where Triton's interpreter would run: nobody gets it without asking."""
+    fakes.reasons["flash_attn"] = "no GPU"
     ops = select_ops("auto", CPU)
     assert ops.linear is linear and ops.launcher is None
-    assert chosen(ops)["linear"] == ("torch", "triton: it is for GPUs; flash_attn: it is for GPUs")
+    assert chosen(ops)["linear"] == ("torch", "triton: it is for GPUs; flash_attn: no GPU")
     assert chosen(ops)["patch_embed"] == ("torch", "triton: it is for GPUs")
 
 
@@ -168,9 +170,16 @@ def test_a_named_backend_that_is_unavailable_says_why(fakes: Implementations) ->
         select_ops("triton", CPU)
 
 
-def test_a_named_backend_without_an_implementation_says_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"backend 'cuda' .*no such implementation \(it has \['torch', 'triton'"):
-        select_ops("cuda", CPU)
+def test_an_unknown_backend_says_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"backend 'vulkan' .*no such implementation \(it has \['torch', '\w+'"):
+        select_ops("vulkan", CPU)
+
+
+def test_an_op_without_the_named_backend_chooses_by_itself(fakes: Implementations) -> None:
+    """Only ``linear`` has flash-attn here; the others take what "auto" would."""
+    ops = select_ops("flash_attn", META)
+    assert chosen(ops)["linear"] == ("flash_attn", "asked for by name")
+    assert chosen(ops)["patch_embed"] == ("triton", "fastest available")
 
 
 def test_prefer_names_another_implementation_of_single_ops(fakes: Implementations) -> None:
@@ -245,7 +254,7 @@ def test_what_is_installed_needs_a_gpu_that_is_new_enough(monkeypatch: pytest.Mo
     assert UNAVAILABLE["triton"](META) is None, "launches are recorded on meta"
     assert UNAVAILABLE["flash_attn"](META) == "it needs a CUDA GPU, the device is 'meta'"
     assert UNAVAILABLE["flash_attn"](CPU) == "it needs a CUDA GPU, the device is 'cpu'"
-    for name in UNAVAILABLE:
+    for name in ("triton", "flash_attn"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert UNAVAILABLE[name](CUDA) == "it needs compute capability 8.0 or newer, Tesla T4 has 7.5"
         for capability in ((8, 0), (8, 9), (12, 0)):
