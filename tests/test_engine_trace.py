@@ -134,6 +134,14 @@ def test_number_of_calls(model_type: ModelType) -> None:
     assert set(work_per_stage(calls)) == set(STAGES)
 
 
+@pytest.mark.parametrize(("model_type", "count"), [("pi0", 975), ("pi05", 964)])
+def test_number_of_calls_at_full_size(model_type: ModelType, count: int) -> None:
+    """Vision 1 + 27 * 5 + 1, prefix 1 + 17 * 5 + 1, flow 1 + 10 * (2 + 18 * 4 + 1); in π0.5 10 * (1 + 18 * 4 + 1)."""
+    config = Pi0Config(model_type)
+    plan = ShapePlan.of(config, views=[2], prompt_lengths=[20])
+    assert len(count_work(config, plan, torch.bfloat16)) == count
+
+
 def test_one_call_per_observation_where_their_rows_are_apart() -> None:
     """Projector and prompt of each observation; one without cameras or without room behind them needs none."""
     config = small_config("pi0")
