@@ -72,6 +72,26 @@ def test_prompts_of_a_bucket_and_step_counts_share_a_plan() -> None:
     assert len(plans) == 1
 
 
+def test_frames_of_any_size_share_a_few_plans() -> None:
+    """Bytes and table entries are rounded up to powers of two, of at least 4 MiB and 32768 entries."""
+    config = small_config("pi0")
+    plans = [
+        ShapePlan.of(config, views=[2], prompt_lengths=[3], frames=frames)
+        for frames in ((1, 1), (4 << 20, 1 << 15), ((4 << 20) + 1, 1 << 15), (1, (1 << 15) + 1), (9 << 20, 70_000))
+    ]
+    assert [plan.frames for plan in plans] == [
+        (4 << 20, 1 << 15),
+        (4 << 20, 1 << 15),
+        (8 << 20, 1 << 15),
+        (4 << 20, 1 << 16),
+        (16 << 20, 1 << 17),
+    ]
+    assert plans[0] == plans[1] != plans[2]
+    shapes = {b.name: b.shape for b in plan_buffers(config, plans[2], torch.float32)}
+    assert (shapes["pixels"], shapes["table"], shapes["patches"]) == ((8 << 20,), (1 << 15,), (8, 588))
+    assert ShapePlan.of(config, views=[0], prompt_lengths=[3], frames=(1, 1)).frames is None
+
+
 def test_counts_must_be_integers() -> None:
     with pytest.raises(ValueError, match=r"num_steps is 2\.0, expected an integer of at least 1"):
         ShapePlan.of(small_config("pi0"), views=[1], prompt_lengths=[1], num_steps=2.0)  # type: ignore[arg-type]
@@ -92,6 +112,8 @@ def test_buffers_of_a_small_model() -> None:
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[3], samples=2)
     buffers = {b.name: b for b in plan_buffers(config, plan, torch.bfloat16)}
     assert {name: b.shape for name, b in buffers.items()} == {
+        "pixels": (0,),
+        "table": (0,),
         "patches": (8, 588),
         "vision_x": (8, 36),
         "vision_rounded": (8, 36),
@@ -127,6 +149,7 @@ def test_buffers_of_a_small_model() -> None:
     config = small_config("pi05")
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[3], samples=2)
     pi05 = {b.name: b for b in plan_buffers(config, plan, torch.bfloat16)}
+    assert (buffers["pixels"].dtype, buffers["table"].dtype) == (torch.uint8, torch.int32)
     assert pi05["state"].shape == (0, 7)
     assert pi05["suffix_x"].shape == (10, 28) and pi05["suffix_k"].shape == (3, 10, 16)
     assert pi05["cache_k"].shape == (3, 11, 16)

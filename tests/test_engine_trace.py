@@ -156,6 +156,15 @@ def test_one_call_per_observation_where_their_rows_are_apart() -> None:
     assert rows == [12, 8]
 
 
+def test_frames_are_resized_by_the_first_op() -> None:
+    config = small_config("pi0")
+    arguments = {"views": [2], "prompt_lengths": [3]}
+    raw = count_work(config, ShapePlan.of(config, **arguments, frames=(1, 1)), torch.float32)
+    resized = count_work(config, ShapePlan.of(config, **arguments), torch.float32)
+    assert (raw[0].stage, raw[0].op, raw[1:]) == ("vision", "frames_to_patches", resized)
+    assert raw[0].shapes[-1] == ("patches", (2, 4, 588), torch.float32)
+
+
 def test_the_state_token_goes_along_in_the_first_step() -> None:
     """Two observations with three samples of five actions: 30 rows, 32 in the first step of two."""
     config = small_config("pi0")
