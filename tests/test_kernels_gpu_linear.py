@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from pi0_engine.kernels.gpu.configs import LaunchConfig
+from pi0_engine.kernels.gpu.configs import LaunchConfig, LaunchConfigs, Rule
+from pi0_engine.kernels.gpu.launch import Launcher
 from pi0_engine.kernels.gpu.operands import describe, splits_that_fit
 from pi0_engine.kernels.gpu.target import TARGETS
 from triton_ops import DTYPES, Problem, check_kernel, scratch, unset
@@ -145,6 +146,7 @@ def test_fewer_parts_where_working_memory_ends() -> None:
     ],
 )
 def test_descriptors_only_where_the_accelerator_takes_them(arch: int, k: int, dtype: torch.dtype, wanted: bool) -> None:
+    launcher = Launcher(TARGETS[arch], LaunchConfigs([Rule("wanted", TMA, ""), Rule("unwanted", PLAIN, "")]))
     a, w = torch.zeros(5, k, dtype=dtype), torch.zeros(7, k, dtype=dtype)
-    assert describe(a, w, TMA, TARGETS[arch])["TMA"] is wanted
-    assert describe(a, w, PLAIN, TARGETS[arch])["TMA"] is False
+    for op, expected in (("wanted", wanted), ("unwanted", False)):
+        assert describe(a, w, launcher.config(op, rows=5, n=7, k=k))["TMA"] is expected

@@ -133,7 +133,7 @@ def check_kernel(
     ``operands_rounded``, the kernel multiplies just what it is given, and its float32 results must show that.
     """
     named = configs if isinstance(configs, dict) else {op: configs}
-    rules = [Rule(name, _here(config), "a test") for name, config in named.items()]
+    rules = [Rule(name, config, "a test") for name, config in named.items()]
     launcher = Launcher(target, LaunchConfigs(rules), concurrent=not INTERPRETED)
     entry = all_ops()[op]
     memory = working_memory or scratch()
@@ -170,11 +170,6 @@ def check_kernel(
 
 #: Largest error that was seen, by op and dtype, for a report.
 worst: dict[tuple[str, torch.dtype], float] = {}
-
-
-def _here(config: LaunchConfig) -> LaunchConfig:
-    """Inline assembly and the wait for a previous kernel are a GPU's: prefetching is left out of the interpreter."""
-    return dataclasses.replace(config, pdl=False, ahead_bytes=0) if INTERPRETED else config
 
 
 def _each(value: Any, function: Any) -> Any:
