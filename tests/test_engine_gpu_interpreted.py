@@ -124,3 +124,15 @@ def test_fewer_than_1000_launches(model_type: ModelType, views: int, arch: int) 
     state, way_in = (0, 1) if config.is_pi05 else (1, 2)
     flow = state + config.num_steps * (way_in + 4 * config.expert.depth + 1)
     assert len(launches) == vision + prefix + flow < 1000
+
+
+@pytest.mark.parametrize("arch", sorted(TARGETS))
+def test_float32_gets_tiles_that_fit_into_registers(arch: int) -> None:
+    """Tensor cores' tiles of 128 x 128 would spill, or need more shared memory than there is: parity needs neither."""
+    config = Pi0Config("pi0")
+    plan = ShapePlan.of(config, views=[3], prompt_lengths=[20], prompt_bucket=16)
+    for launch in record_launches(config, plan, torch.float32, TARGETS[arch]):
+        sizes = [value for name, value in launch.arguments.items() if name in ("BLOCK_M", "BLOCK_N", "UP_M", "UP_N")]
+        assert all(size <= 64 for size in sizes) or launch.op == "embed_prompt"
+        assert not any(launch.arguments.get(name) for name in ("TMA", "UP_TMA", "DOWN_TMA"))
+        assert launch.num_stages <= 3
