@@ -17,7 +17,11 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Code that ruff reads. mypy reads the package alone (see typecheck).
 CODE := setup.py python kernels engine benchmarks tests
 
-.PHONY: help demo test test-full lint format typecheck clean
+# What `make gpu` writes, and the seconds that it may take.
+OUTPUT := build/gpu
+BUDGET := 480
+
+.PHONY: help demo test test-full gpu lint format typecheck clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +34,10 @@ test: lint  ## lint, then all tests
 
 test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
 	$(BIN)/pytest -m full_size -s
+
+# Not in .venv: the Python given brings torch, Triton and pytest, and nothing is installed into it.
+gpu:  ## on a machine with an NVIDIA GPU: build, GPU tests, benchmarks, one table last (PYTHON= OUTPUT= BUDGET=)
+	$(PYTHON) benchmarks/gpu_check.py --output "$(OUTPUT)" --budget $(BUDGET)
 
 lint: $(VENV)/.dev typecheck  ## style and types
 	$(BIN)/ruff check $(CODE)

@@ -1,88 +1,33 @@
 #include "resize_with_pad.h"
 
 #include <algorithm>
-#include <cmath>
 #include <exception>
 #include <thread>
 
+#include "pixel.h"
+
 namespace pi0 {
 namespace {
-
-// Weights are fixed point. 32 bits hold sign and carry (2), the pixel (8) and this fraction, as in Pillow.
-constexpr int kFractionBits = 22;
-constexpr std::int32_t kOne = 1 << kFractionBits;
-constexpr std::int32_t kHalf = kOne / 2;
 
 // Each thread must have at least this many pixels (read and written) to work on. Measured on two cores of a 2.5 GHz
 // Xeon: a thread costs 35 us to start and join, and two are no faster than one below 0.8 ms of work, 200,000 pixels.
 constexpr std::int64_t kPixelsPerThread = 100'000;
 
-std::uint8_t round_to_pixel(std::int32_t sum) { return static_cast<std::uint8_t>(std::min(sum >> kFractionBits, 255)); }
-
-// One axis of the resampling: out[i] = sum over t of weights[i][t] * in[first + t].
-struct Window {
-  int first;
-  int count;
-  std::size_t weights;  // where its weights start in Axis::weights
-};
-
-struct Axis {
-  std::vector<Window> windows;  // one for each output pixel; `first` never decreases
-  std::vector<std::int32_t> weights;
-  int longest = 0;  // the largest `count`
-};
-
-// The bilinear filter is a triangle around the output pixel's centre, two input pixels wide, and widened by the
-// scale when it shrinks (antialiasing).
-Axis bilinear_axis(int input, int output) {
-  const double scale = static_cast<double>(input) / output;
-  const double reach = std::max(scale, 1.0);
-  Axis axis;
-  axis.windows.reserve(output);
-  std::vector<double> triangle;
-  for (int i = 0; i < output; ++i) {
-    const double centre = (i + 0.5) * scale;
-    int first = std::max(static_cast<int>(centre - reach + 0.5), 0);
-    const int end = std::min(static_cast<int>(centre + reach + 0.5), input);
-    triangle.clear();
-    double total = 0.0;
-    for (int x = first; x < end; ++x) {
-      triangle.push_back(std::max(1.0 - std::abs((x - centre + 0.5) / reach), 0.0));
-      total += triangle.back();
-    }
-    const std::size_t begin = axis.weights.size();
-    for (const double value : triangle) {
-      const auto weight = static_cast<std::int32_t>(0.5 + value / total * kOne);
-      if (weight == 0 && axis.weights.size() == begin) {
-        ++first;  // leading zeros only cost time
-      } else {
-        axis.weights.push_back(weight);
-      }
-    }
-    while (axis.weights.back() == 0) axis.weights.pop_back();
-    const int count = static_cast<int>(axis.weights.size() - begin);
-    axis.windows.push_back({first, count, begin});
-    axis.longest = std::max(axis.longest, count);
-  }
-  return axis;
-}
-
 // What to do for one frame, decided before any pixel is touched.
 struct Job {
   FrameView frame;
   float* out;  // [size, size, 3]
-  int size, height, width, top, left;
+  int size;
+  Placement picture;
   Axis rows, columns;
 
-  Job(const FrameView& source, int side, float* target) : frame(source), out(target), size(side) {
-    const double ratio = std::max(frame.width / static_cast<double>(side), frame.height / static_cast<double>(side));
-    height = std::max(static_cast<int>(frame.height / ratio), 1);
-    width = std::max(static_cast<int>(frame.width / ratio), 1);
-    top = (size - height) / 2;
-    left = (size - width) / 2;
-    rows = bilinear_axis(frame.height, height);
-    columns = bilinear_axis(frame.width, width);
-  }
+  Job(const FrameView& source, int side, float* target)
+      : frame(source),
+        out(target),
+        size(side),
+        picture(Placement::of(source.height, source.width, side)),
+        rows(bilinear_axis(source.height, picture.height)),
+        columns(bilinear_axis(source.width, picture.width)) {}
 };
 
 // Working memory of one thread, large enough for every job, so that threads allocate nothing.
@@ -93,8 +38,8 @@ struct Scratch {
   explicit Scratch(const std::vector<Job>& jobs) {
     std::size_t rows = 0, length = 0;
     for (const Job& job : jobs) {
-      rows = std::max(rows, 3 * static_cast<std::size_t>(job.width) * job.rows.longest);
-      length = std::max(length, 3 * static_cast<std::size_t>(job.width));
+      rows = std::max(rows, 3 * static_cast<std::size_t>(job.picture.width) * job.rows.longest);
+      length = std::max(length, 3 * static_cast<std::size_t>(job.picture.width));
     }
     ring.resize(rows);
     sums.resize(length);
@@ -127,12 +72,14 @@ void resample_row(const FrameView& frame, int y, const Axis& columns, std::uint8
 // Output rows [size * band / bands, ...) of one frame: the picture's rows are divided evenly, the black rows above
 // belong to the first band and those below to the last.
 void run_band(const Job& job, int band, int bands, Scratch& scratch) {
+  const Placement& picture = job.picture;
   const std::size_t pitch = 3 * static_cast<std::size_t>(job.size);
-  const std::size_t left = 3 * static_cast<std::size_t>(job.left), length = 3 * static_cast<std::size_t>(job.width);
-  const int begin = static_cast<int>(static_cast<std::int64_t>(job.height) * band / bands);
-  const int end = static_cast<int>(static_cast<std::int64_t>(job.height) * (band + 1) / bands);
-  if (band == 0) std::fill(job.out, job.out + job.top * pitch, -1.0f);
-  if (band == bands - 1) std::fill(job.out + (job.top + job.height) * pitch, job.out + job.size * pitch, -1.0f);
+  const std::size_t left = 3 * static_cast<std::size_t>(picture.left);
+  const std::size_t length = 3 * static_cast<std::size_t>(picture.width);
+  const int begin = static_cast<int>(static_cast<std::int64_t>(picture.height) * band / bands);
+  const int end = static_cast<int>(static_cast<std::int64_t>(picture.height) * (band + 1) / bands);
+  if (band == 0) std::fill(job.out, job.out + picture.top * pitch, -1.0f);
+  if (band == bands - 1) std::fill(job.out + (picture.top + picture.height) * pitch, job.out + job.size * pitch, -1.0f);
 
   int next = begin < end ? job.rows.windows[begin].first : 0;  // the next source row to resample horizontally
   for (int y = begin; y < end; ++y) {
@@ -147,9 +94,9 @@ void run_band(const Job& job, int band, int bands, Scratch& scratch) {
       const std::uint8_t* row = &scratch.ring[(window.first + t) % job.rows.longest * length];
       for (std::size_t i = 0; i < length; ++i) sums[i] += weight * row[i];
     }
-    float* out = job.out + (job.top + y) * pitch;
+    float* out = job.out + (picture.top + y) * pitch;
     std::fill(out, out + left, -1.0f);
-    for (std::size_t i = 0; i < length; ++i) out[left + i] = round_to_pixel(sums[i]) / 255.0f * 2.0f - 1.0f;
+    for (std::size_t i = 0; i < length; ++i) out[left + i] = normalize(round_to_pixel(sums[i]));
     std::fill(out + left + length, out + pitch, -1.0f);
   }
 }

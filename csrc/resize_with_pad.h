@@ -1,24 +1,10 @@
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <vector>
 
+#include "bilinear.h"
+
 namespace pi0 {
-
-// A uint8 RGB image where it lies in memory. Strides are in bytes and of any sign, so a flipped or
-// transposed view is read in place.
-struct FrameView {
-  const std::uint8_t* pixels;
-  int height;
-  int width;
-  std::ptrdiff_t row_stride;
-  std::ptrdiff_t column_stride;
-  std::ptrdiff_t channel_stride;
-};
-
-// The longest side that is accepted: beyond it the 32-bit sums of the resampling could overflow.
-constexpr int kMaxSide = 1 << 20;
 
 // frames[n] uint8 [H, W, 3] -> out float32 [n, size, size, 3] in [-1, 1], black = -1.
 //

@@ -42,7 +42,7 @@ def reporting_memory(device: torch.device, what: str) -> Iterator[None]:
     """Turn torch's out-of-memory error into one that names what did not fit and what is free."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise MemoryError(
             f"{what} did not fit: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free on {device}. {error}"

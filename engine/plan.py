@@ -26,6 +26,8 @@ ALIGNMENT = 256
 #: Tokens to which prompts are rounded up where every plan is a captured graph: 3 graphs serve all prompts of π0, and a
 #: dozen more rows cost nothing inside a tile of 64.
 GPU_PROMPT_BUCKET = 16
+#: Least bytes and table entries for frames: three cameras of 640 x 480 fit into 4 MiB and 32768 entries.
+_FRAME_BUCKET = (4 << 20, 1 << 15)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ShapePlan:
         horizon: actions per chunk.
         num_steps: Euler steps. No buffer depends on it, so plans that differ in it alone are equal.
         patches: image tokens of each view.
+        frames: (bytes, table entries) reserved for frames that the engine resizes; None where pixels are given.
         state_rows: state tokens, one per observation in π0, none in π0.5 (whose prompt holds the state).
     """
 
@@ -52,6 +55,7 @@ class ShapePlan:
     num_steps: int = field(compare=False)
     patches: int
     state_rows: int
+    frames: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -64,6 +68,7 @@ class ShapePlan:
         horizon: int | None = None,
         num_steps: int | None = None,
         prompt_bucket: int = 1,
+        frames: tuple[int, int] | None = None,
     ) -> ShapePlan:
         """Lengths for observations with these camera and prompt token counts (one entry each).
 
@@ -83,7 +88,8 @@ class ShapePlan:
         )
         exact = prompt_bucket == 1 and all(length == prefix for length in lengths)
         state_rows = 0 if config.is_pi05 else len(views)
-        return cls(tuple(views), prefix, exact, samples, horizon, num_steps, config.vision.num_patches, state_rows)
+        patches, frames = config.vision.num_patches, frame_bucket(frames) if frames and any(views) else None
+        return cls(tuple(views), prefix, exact, samples, horizon, num_steps, patches, state_rows, frames)
 
     @property
     def batch(self) -> int:
@@ -119,6 +125,12 @@ class ShapePlan:
         return self.action_rows + self.state_rows
 
 
+def frame_bucket(needed: tuple[int, int]) -> tuple[int, int]:
+    """Powers of two, of bytes and of table entries: cameras that fit into the least share a plan, and so on."""
+    (pixels, table), (least_pixels, least_table) = needed, _FRAME_BUCKET
+    return max(1 << (pixels - 1).bit_length(), least_pixels), max(1 << (table - 1).bit_length(), least_table)
+
+
 @dataclass(frozen=True)
 class Buffer:
     """One named array: shape, dtype, and the first and last stage that use it."""
@@ -143,7 +155,10 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
     f32, vision, llm, expert = torch.float32, config.vision, config.llm, config.expert
     image_tokens, tokens = plan.images * vision.num_patches, plan.batch * plan.prefix
     actions, suffix = plan.action_rows, plan.suffix_rows
+    frame_bytes, table_entries = plan.frames or (0, 0)
     return [
+        Buffer("pixels", (frame_bytes,), torch.uint8, VISION, VISION),
+        Buffer("table", (table_entries,), torch.int32, VISION, VISION),
         Buffer("patches", (image_tokens, vision.patch_dim), f32, VISION, VISION),
         *_stream_buffers("vision", image_tokens, vision.width, dtype, VISION, VISION, with_sums=True),
         Buffer("vision_qkv", (image_tokens, 3 * vision.width), dtype, VISION, VISION),

@@ -25,6 +25,7 @@ from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
+from pi0_engine.frames import staging_size
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.gemm import cpu_computes_bfloat16
 from pi0_engine.kernels.gpu.configs import LaunchConfigs
@@ -139,6 +140,11 @@ class Engine:
             )
         return self._run("sample", dataclasses.replace(plan, num_steps=num_steps), None, noise)
 
+    @property
+    def takes_frames(self) -> bool:
+        """Whether the engine resizes frames better than its caller would: on a GPU, by our kernel."""
+        return any(choice.op == "frames_to_patches" and choice.implementation == "cuda" for choice in self.ops.choices)
+
     def warm_up(self, *, views: int, samples: int = 1, horizon: int | None = None, progress: bool = False) -> None:
         """Make the buffers, and on a GPU the graphs, of one observation with ``views`` cameras and any prompt.
 
@@ -152,9 +158,11 @@ class Engine:
         if not 1 <= views <= 4:
             raise ValueError(f"views is {views}, expected 1 to 4")
         lengths = range(1, self.config.token_capacity + 1)
+        frames = (1, 1) if self.takes_frames else None  # the least bucket
         plans = list(
             dict.fromkeys(
-                self.plan(views=[views], prompt_lengths=[n], samples=samples, horizon=horizon) for n in lengths
+                self.plan(views=[views], prompt_lengths=[n], samples=samples, horizon=horizon, frames=frames)
+                for n in lengths
             )
         )
         plans = plans[: self.engine_config.max_plans] if self.device.type == "cuda" else plans[:1]
@@ -172,6 +180,7 @@ class Engine:
         samples: int = 1,
         horizon: int | None = None,
         num_steps: int | None = None,
+        frames: tuple[int, int] | None = None,
     ) -> ShapePlan:
         """The lengths with which this engine serves such observations; arguments as of :meth:`ShapePlan.of`."""
         bucket = self.engine_config.prompt_bucket or (GPU_PROMPT_BUCKET if self.device.type == "cuda" else 1)
@@ -183,6 +192,7 @@ class Engine:
             horizon=horizon,
             num_steps=num_steps,
             prompt_bucket=bucket,
+            frames=frames,
         )
 
     def session(self, plan: ShapePlan) -> Session:
@@ -262,7 +272,15 @@ class Engine:
             samples=samples,
             horizon=horizon,
             num_steps=num_steps,
+            frames=self._frame_room(inputs),
         )
+
+    def _frame_room(self, inputs: ModelInputs) -> tuple[int, int] | None:
+        """Bytes and table entries that the frames take at most."""
+        if not inputs.frames:
+            return None
+        sides = [(frame.shape[0], frame.shape[1]) for row in inputs.frames for frame in row]
+        return staging_size(sides, self.config.vision.image_size) if sides else None
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""

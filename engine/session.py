@@ -10,11 +10,12 @@ from torch import Tensor
 from pi0_engine.config import Pi0Config
 from pi0_engine.engine.graph import CapturedGraph
 from pi0_engine.engine.plan import ShapePlan, Workspace
+from pi0_engine.frames import FrameStaging
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.stream import Scratch
 
 #: What an observation fills; noise goes into "actions".
-_OBSERVATION = ("patches", "prompt", "state", "lengths", "suffix_positions")
+_OBSERVATION = ("prompt", "state", "lengths", "suffix_positions")
 
 
 class Session:
@@ -36,8 +37,12 @@ class Session:
         # Lengths that a capture may run with before the first inference.
         self.space.set_lengths(torch.full((plan.batch,), plan.prefix))
         self.graphs: dict[tuple[str, int], CapturedGraph] = {}
-        self._device_inputs = {name: self._on_device(name) for name in (*_OBSERVATION, "actions")}
+        cameras = ("pixels", "table") if plan.frames else ("patches",)
+        self._device_inputs = {name: self._on_device(name) for name in (*cameras, *_OBSERVATION, "actions")}
         self._staged = {name: _host_twin(tensor) for name, tensor in self._device_inputs.items()}
+        if plan.frames:
+            pixels, table = (self._staged[name].numpy() for name in cameras)
+            self._frames = FrameStaging(pixels, table, config.vision.image_size)
         self._result = _host_twin(self.space["actions"])
         self._embedded: list[list[int] | None] = [None] * plan.batch
 
@@ -49,10 +54,8 @@ class Session:
 
         A prompt is embedded only when it changes.
         """
-        staged, patch = self._staged, self._config.vision.patch_size
-        present = inputs.image_masks.nonzero().tolist()
-        for (b, slot), patches in zip(present, staged["patches"].unflatten(0, (-1, self.plan.patches)), strict=True):
-            cut_patches(inputs.images[b, slot], patch, out=patches)
+        self._load_cameras(inputs)
+        staged = self._staged
         if self.plan.state_rows:
             staged["state"].copy_(inputs.state)
         prompt_rows = inputs.token_mask.sum(dim=1)
@@ -67,6 +70,20 @@ class Session:
                 staged["prompt"][b, :count].copy_(embed(tokens))
                 self._embedded[b] = tokens.tolist()
         self._upload(*_OBSERVATION)
+
+    def _load_cameras(self, inputs: ModelInputs) -> None:
+        if self.plan.images == 0:
+            return
+        if inputs.frames is not None:
+            used = self._frames.pack([frame for row in inputs.frames for frame in row])
+            self._upload("pixels", first=used.bytes)
+            self._upload("table", first=used.ints)
+            return
+        present = inputs.image_masks.nonzero().tolist()
+        every = self._staged["patches"].unflatten(0, (-1, self.plan.patches))
+        for (b, slot), patches in zip(present, every, strict=True):
+            cut_patches(inputs.pixels[b, slot], self._config.vision.patch_size, out=patches)
+        self._upload("patches")
 
     def load_noise(self, noise: Tensor) -> None:
         """float32 [B, samples, H, action_dim]."""
@@ -83,11 +100,12 @@ class Session:
         out = torch.empty(plan.batch, plan.samples, plan.horizon, self._config.action_dim)
         return out.copy_(self._result.view(out.shape))
 
-    def _upload(self, *names: str) -> None:
+    def _upload(self, *names: str, first: int | None = None) -> None:
+        """``first`` says how many elements are in use, where not all are."""
         for name in names:
             device, staged = self._device_inputs[name], self._staged[name]
             if staged is not device:
-                device.copy_(staged, non_blocking=True)
+                device[:first].copy_(staged[:first], non_blocking=True)
 
 
 def _host_twin(tensor: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ from pi0_engine.kernels.registry import Ops
 
 
 def embed_images(ops: Ops, config: SiglipConfig, weights: VisionWeights, space: Workspace) -> None:
-    """Read ``patches`` [N * n, p * p * 3], begin the prefix stream [B * P, width] with each observation's images."""
+    """Read ``patches`` [N * n, p * p * 3], or packed frames, begin the prefix stream [B * P, width] with the images."""
     if space.plan.images == 0:
         return
     x, patches = space.vision, config.num_patches
+    if space.plan.frames:
+        per_image = space["patches"].unflatten(0, (-1, patches))
+        ops.frames_to_patches(space["pixels"], space["table"], patches=per_image)
     ops.patch_embed(space["patches"], weights.patch, weights.position, out=x, scratch=space.scratch)
     for index, layer in enumerate(weights.layers):
         with ops.range(f"vision layer {index}"):

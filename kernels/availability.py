@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -41,4 +42,48 @@ def _flash_attn(device: torch.device) -> str | None:
     return _not_on_gpu(device)
 
 
-UNAVAILABLE: dict[str, Callable[[torch.device], str | None]] = {"triton": _triton, "flash_attn": _flash_attn}
+def extension() -> ModuleType:
+    """``pi0_engine._C``. Raises an ImportError where it was not built."""
+    import pi0_engine._C as compiled
+
+    return compiled
+
+
+def _cpp(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on CPUs, the device is {str(device)!r}"
+    try:
+        extension()
+    except ImportError as error:
+        return f"the extension pi0_engine._C cannot be imported ({error})"
+    return None
+
+
+def _cuda(device: torch.device) -> str | None:
+    if device.type == "meta":  # only shapes are checked
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA GPU, the device is {str(device)!r}"
+    try:
+        compiled = extension()
+    except ImportError as error:
+        return f"the extension pi0_engine._C cannot be imported ({error})"
+    architectures: tuple[int, ...] = compiled.cuda_architectures()
+    if not architectures:
+        return "the extension pi0_engine._C was built without nvcc"
+    major, minor = torch.cuda.get_device_capability(device)
+    # Machine code runs within its major version; PTX of the newest serves all that came later.
+    runs = [number for number in architectures if number // 10 == major and number % 10 <= minor]
+    if not runs and 10 * major + minor < architectures[-1]:
+        known = ", ".join(f"{number // 10}.{number % 10}" for number in architectures)
+        return f"pi0_engine._C holds code for compute capability {known}, {str(device)!r} has {major}.{minor}"
+    with torch.cuda.device(device):
+        return compiled.load_frames_to_patches_cuda() or None
+
+
+UNAVAILABLE: dict[str, Callable[[torch.device], str | None]] = {
+    "triton": _triton,
+    "flash_attn": _flash_attn,
+    "cuda": _cuda,
+    "cpp": _cpp,
+}

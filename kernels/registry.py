@@ -69,6 +69,9 @@ class Choice:
 
 REGISTRY: dict[str, Op] = {}
 
+#: Implementations that a :class:`Launcher` does not concern.
+_WITHOUT_LAUNCHER = ("torch", "cuda", "cpp")
+
 
 def op(cost: Callable[..., Cost], **implementations: str) -> Callable[[OpFunction], OpFunction]:
     """Register the decorated torch function as the meaning of a new op of the same name.
@@ -111,7 +114,7 @@ class Ops:
 
 def all_ops() -> Mapping[str, Op]:
     """Every op of the engine, {name: Op}."""
-    from pi0_engine.kernels import attention, linear, norm_linear, patch  # noqa: F401  (importing registers)
+    from pi0_engine.kernels import attention, frames, linear, norm_linear, patch  # noqa: F401  (importing registers)
 
     return REGISTRY
 
@@ -125,18 +128,29 @@ def select_ops(
     """Choose an implementation of every op.
 
     ``"torch"`` takes the meanings. ``"auto"`` takes the first available implementation of each op and records why
-    the others were passed over. ``prefer`` names another implementation for single ops, {op: implementation}.
-    ``launcher`` replaces the one for the GPU at hand.
+    the others were passed over; so does an op that has none by the backend's name. ``prefer`` names another
+    implementation for single ops, {op: implementation}. ``launcher`` replaces the one for the GPU at hand.
 
     Raises:
         ValueError: a named implementation that does not exist or is unavailable on ``device``, with the reason.
     """
-    choices = tuple(_choose(entry, (prefer or {}).get(name, backend), device) for name, entry in all_ops().items())
-    if launcher is None and any(choice.implementation != "torch" for choice in choices):
+    prefer = prefer or {}
+    for name in prefer:
+        if name not in all_ops():
+            raise ValueError(f"there is no op {name!r}; the ops are {sorted(all_ops())}")
+    choices = tuple(
+        _choose(entry, prefer.get(name) or _wanted(entry, backend), device) for name, entry in all_ops().items()
+    )
+    if launcher is None and any(choice.implementation not in _WITHOUT_LAUNCHER for choice in choices):
         target = target_of(device)
         launcher = Launcher(target, configs_for(target.arch)[0], concurrent=device.type != "cpu")
     functions = {choice.op: all_ops()[choice.op].load(choice.implementation, launcher) for choice in choices}
     return Ops(functions, choices, launcher)
+
+
+def _wanted(entry: Op, backend: str) -> str:
+    """``backend``, or "auto" for an op that another tool suits better: frames are not resized in Triton."""
+    return "auto" if backend in UNAVAILABLE and backend not in entry.implementations else backend
 
 
 def _choose(entry: Op, wanted: str, device: torch.device) -> Choice:
@@ -150,7 +164,8 @@ def _choose(entry: Op, wanted: str, device: torch.device) -> Choice:
     refused: list[str] = []
     for name in entry.implementations:
         # The interpreter is for tests: nobody gets it without asking.
-        why = "it is for GPUs" if device.type == "cpu" else _why_not(entry, name, device)
+        interpreted = name == "triton" and device.type == "cpu"
+        why = "it is for GPUs" if interpreted else _why_not(entry, name, device)
         if why is None:
             return Choice(entry.name, name, "; ".join([*refused, "fastest available"]))
         refused.append(f"{name}: {why}")

@@ -79,9 +79,11 @@ def random_noise(config: Pi0Config, batch: int = 1, samples: int = 1, horizon: i
 
 
 def rows(inputs: ModelInputs, *which: int) -> ModelInputs:
-    """A batch of only these observations."""
+    """A batch of only these observations, which have images."""
     index = list(which)
-    return ModelInputs(**{f.name: getattr(inputs, f.name)[index] for f in dataclasses.fields(inputs)})
+    given = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    assert given.pop("frames") is None
+    return ModelInputs(**{name: tensor[index] for name, tensor in given.items()})
 
 
 def reference_actions(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from frames import textured_frame
 from models import (
     MODEL_TYPES,
     engine,
@@ -24,6 +25,7 @@ from pi0_engine.config import EngineConfig, ModelType
 from pi0_engine.engine import runtime
 from pi0_engine.engine.pipeline import STAGES
 from pi0_engine.engine.runtime import resolve_device, resolve_dtype
+from pi0_engine.images import FramePreprocessor
 
 PI0 = small_config("pi0")
 
@@ -64,9 +66,10 @@ def test_broken_weights_do_not_reach_the_robot() -> None:
 
 def test_inputs_are_not_changed() -> None:
     inputs, noise = random_inputs(PI0), random_noise(PI0)
-    before = [t.clone() for t in (*vars(inputs).values(), noise)]
+    tensors = [value for value in vars(inputs).values() if isinstance(value, torch.Tensor)] + [noise]
+    before = [t.clone() for t in tensors]
     engine(PI0).infer(inputs, noise)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*vars(inputs).values(), noise), strict=True))
+    assert len(tensors) == 6 and all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -100,11 +103,50 @@ def test_nothing_is_read_that_this_call_did_not_write(model_type: ModelType, dty
     inputs = random_inputs(config, [[True, True, True], [False, True, False]], [12, 1])
     noise = random_noise(config, 2, samples=2)
     expected = running.infer(inputs, noise).actions
-    (space,) = running._workspaces.values()
+    (session,) = running._sessions.values()
+    space = session.space
     with torch.inference_mode():
         space.arena.fill_(0xFF)
-        assert all(space[name].isnan().all() for name in ("prefix_x", "cache_k", "suffix_hidden"))
+        space.lengths.fill_(-1)
+        space.suffix_positions.fill_(-1)
+        assert all(space[name].isnan().all() for name in ("prompt", "prefix_x", "cache_k", "suffix_k", "suffix_hidden"))
     assert torch.equal(running.infer(inputs, noise).actions, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_frames_give_what_their_resized_images_give(backend: str) -> None:
+    """Bit for bit, of any sizes, in an engine that has resized others; absent cameras have no frame."""
+    running, preprocess = fresh_engine(PI0, backend=backend), FramePreprocessor(size=28)
+    masks = [[True, False, True], [False, True, False]]
+    for sides in ([(30, 40), (28, 28), (9, 5)], [(480, 640), (20, 100), (1, 1)], [(30, 40), (28, 28), (9, 5)]):
+        frames = [textured_frame(*side) for side in sides]
+        inputs, noise = random_inputs(PI0, masks, [3, 5]), random_noise(PI0, 2)
+        images = inputs.pixels.clone()
+        images[inputs.image_masks] = torch.from_numpy(preprocess(frames))
+        resized = dataclasses.replace(inputs, images=images)
+        raw = dataclasses.replace(inputs, images=None, frames=(tuple(frames[:2]), tuple(frames[2:])))
+        assert torch.equal(running.infer(raw, noise).actions, running.infer(resized, noise).actions)
+    assert not running.takes_frames, "only a GPU resizes better than the caller"
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_observe_and_sample_are_the_halves_of_infer(model_type: ModelType) -> None:
+    """Look once, draw several times; bit for bit what one inference gives."""
+    config = small_config(model_type)
+    running, inputs = fresh_engine(config), random_inputs(config, [[True, False, True], [True, True, True]], [3, 12])
+    noises = [random_noise(config, 2, samples=2), random_noise(config, 2, samples=2) + 1]
+    expected = [running.infer(inputs, noise, num_steps=2).actions for noise in noises]
+    with pytest.raises(ValueError, match="there is no observation to sample from"):
+        running.sample(noises[0])
+    assert list(running.observe(inputs, samples=2, num_steps=2)) == ["inputs", "vision", "prefix"]
+    for noise, actions in [*zip(noises, expected, strict=True)] * 2:
+        drawn = running.sample(noise)
+        assert list(drawn.seconds) == ["inputs", "flow"] and torch.equal(drawn.actions, actions)
+    with pytest.raises(ValueError, match=r"noise is \[2, 1, 5, 7\], observed for 2 samples of horizon 5"):
+        running.sample(random_noise(config, 2))
+    running.infer(inputs, noises[0])
+    with pytest.raises(ValueError, match="there is no observation to sample from"):
+        running.sample(noises[0])
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -175,13 +217,13 @@ def test_the_least_recently_used_plan_is_freed() -> None:
         running.infer(random_inputs(PI0, prompt_lengths=lengths), random_noise(PI0))
 
     def kept() -> set[int]:
-        return {plan.prefix - 3 * 4 for plan in running._workspaces}
+        return {plan.prefix - 3 * 4 for plan in running._sessions}
 
     infer(a)
-    first = next(iter(running._workspaces.values()))
+    first = next(iter(running._sessions.values()))
     infer(b)
     infer(a)
-    assert first in running._workspaces.values()
+    assert first in running._sessions.values()
     infer(c)
     assert kept() == {1, 3}
 
@@ -219,8 +261,8 @@ def test_auto_dtype_is_what_the_processor_computes(
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot run op '\w+' on cpu"):
-        fresh_engine(PI0, backend="triton")
+    with pytest.raises(ValueError, match=r"backend 'flash_attn' cannot run op 'vision_attention' on cpu: "):
+        fresh_engine(PI0, attention="flash_attn")
 
 
 def test_defaults() -> None:

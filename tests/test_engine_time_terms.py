@@ -9,6 +9,7 @@ from torch import Tensor
 from models import MODEL_TYPES, reference, rel_l2, small_config
 from pi0_engine.config import ModelType, Pi0Config
 from pi0_engine.engine.time_terms import Modulation, StepTerms, TimeTerms, flow_grid, time_embedding
+from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import flow_times
 from pi0_engine.reference import time_embedding as reference_time_embedding
@@ -18,7 +19,12 @@ CPU = torch.device("cpu")
 
 def terms_of(model_type: ModelType, num_steps: int) -> tuple[Pi0Config, tuple[StepTerms, ...]]:
     config = small_config(model_type)
-    return config, TimeTerms(RandomCheckpoint(config), CPU)(num_steps)
+    return config, time_terms(RandomCheckpoint(config))(num_steps)
+
+
+def time_terms(source: TensorSource, dtype: torch.dtype = torch.float32) -> TimeTerms:
+    """With the expert's layers as the engine packs them."""
+    return TimeTerms(source, pack_weights(RandomCheckpoint(source.config), dtype, CPU).expert, CPU)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 37, 2000])
@@ -52,33 +58,83 @@ def test_pi0_bias_carries_the_time() -> None:
         folded = model.action_time_mlp_in.weight[:, : config.expert.width] @ model.action_in_proj.weight
         assert rel_l2(x_t @ folded.T + terms.embed_bias, expected) <= 1e-6
         assert terms.input_norms == terms.mlp_norms == (Modulation(),) * 3
-        assert terms.final_norm == Modulation()
+        assert [terms.scale_after_layer(n) for n in range(3)] == [None] * 3
 
 
-def test_pi05_modulations_are_adarms() -> None:
-    """``scale`` is 1 + the raw one; shift and gate are raw."""
-    config, steps = terms_of("pi05", 3)
-    model = reference(config)
+def adarms(norm: str, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference's raw scale, shift and gate of a norm of π0.5's expert at that flow time."""
+    model = reference(small_config("pi05"))
+    _, cond = model.embed_suffix(torch.zeros(1, 7), torch.zeros(1, 5, 7), time.expand(1))
+    scale, shift, gate = model.get_submodule(norm).dense(cond)[0].chunk(3)  # type: ignore[operator]
+    return scale, shift, gate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pi05_modulations_are_adarms(dtype: torch.dtype) -> None:
+    """``scale`` is 1 + the raw one, the gate is raw, and the shift is behind the packed weight it would meet."""
+    config = small_config("pi05")
+    layers = pack_weights(RandomCheckpoint(config), dtype, CPU).expert
+    steps = TimeTerms(RandomCheckpoint(config), layers, CPU)(3)
     for terms, (time, _) in zip(steps, flow_times(3), strict=True):
-        _, cond = model.embed_suffix(torch.zeros(1, 7), torch.zeros(1, 5, 7), time.expand(1))
-        layers = [(f"expert.layers.{n}.input_norm", m) for n, m in enumerate(terms.input_norms)]
-        layers += [(f"expert.layers.{n}.post_attention_norm", m) for n, m in enumerate(terms.mlp_norms)]
-        for name, modulation in [*layers, ("expert.norm", terms.final_norm)]:
-            scale, shift, gate = model.get_submodule(name).dense(cond)[0].chunk(3)  # type: ignore[operator]
-            for ours, expected in ((modulation.scale, 1 + scale), (modulation.shift, shift), (modulation.gate, gate)):
-                assert ours is not None
-                assert rel_l2(ours, expected) <= 1e-6, name
-        assert torch.equal(terms.embed_bias, model.action_in_proj.bias)
+        for n, layer in enumerate(layers):
+            for norm, modulation, weight in (
+                ("input_norm", terms.input_norms[n], layer.qkv),
+                ("post_attention_norm", terms.mlp_norms[n], layer.gate_up),
+            ):
+                scale, shift, gate = adarms(f"expert.layers.{n}.{norm}", time)
+                assert weight is not None and weight.dtype == dtype
+                behind = weight.double() @ shift.double()
+                for ours, expected in (
+                    (modulation.scale, 1 + scale),
+                    (modulation.gate, gate),
+                    (modulation.bias, behind),
+                ):
+                    assert ours is not None and ours.is_contiguous()
+                    assert rel_l2(ours, expected) <= 1e-6, f"{n} {norm}"
+        assert torch.equal(terms.embed_bias, reference(config).action_in_proj.bias)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_step_size_and_final_norm_are_folded_into_the_output(model_type: ModelType) -> None:
-    config, steps = terms_of(model_type, 4)
+@pytest.mark.parametrize("rows", [1, 40, 96, 1000])
+def test_the_shift_meets_the_weight_a_few_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = terms_of("pi05", 2)
+    monkeypatch.setattr("pi0_engine.engine.time_terms._ROWS", rows)
+    for ours, theirs in zip(terms_of("pi05", 2)[1], expected, strict=True):
+        for a, b in zip(ours.input_norms + ours.mlp_norms, theirs.input_norms + theirs.mlp_norms, strict=True):
+            assert a.bias is not None and b.bias is not None
+            torch.testing.assert_close(a.bias, b.bias)
+
+
+def test_the_scale_after_a_layer_is_the_next_ones() -> None:
+    """Behind the last comes the final norm, whose scale is in the output projection."""
+    for terms in terms_of("pi05", 2)[1]:
+        assert terms.scale_after_layer(0) is terms.input_norms[1].scale is not None
+        assert terms.scale_after_layer(1) is terms.input_norms[2].scale is not None
+        assert terms.scale_after_layer(2) is None
+
+
+def test_pi0_folds_step_size_and_final_norm_into_the_output() -> None:
+    config, steps = terms_of("pi0", 4)
     model, dt = reference(config), -0.25
-    scale = 1 + model.get_parameter("expert.norm.weight") if model_type == "pi0" else torch.ones(28)
     for terms in steps:
-        assert rel_l2(terms.out, model.action_out_proj.weight * scale * dt) <= 1e-6
+        assert (
+            rel_l2(terms.out, model.action_out_proj.weight * (1 + model.get_parameter("expert.norm.weight")) * dt)
+            <= 1e-6
+        )
         assert rel_l2(terms.out_bias, model.action_out_proj.bias * dt) <= 1e-6
+
+
+def test_pi05_folds_the_final_adarms_too() -> None:
+    """dt * (out @ (normed * (1 + scale) + shift) + bias), for any normed row; the final norm's gate is not used."""
+    config, steps = terms_of("pi05", 4)
+    model, dt = reference(config), -0.25
+    weight, bias = model.action_out_proj.weight.double(), model.action_out_proj.bias.double()
+    normed = torch.randn(5, 28, generator=torch.Generator().manual_seed(0)).double()
+    for terms, (time, _) in zip(steps, flow_times(4), strict=True):
+        scale, shift, _ = (part.double() for part in adarms("expert.norm", time))
+        assert rel_l2(terms.out, weight * (1 + scale) * dt) <= 1e-6
+        assert rel_l2(terms.out_bias, (weight @ shift + bias) * dt) <= 1e-6
+        expected = dt * ((normed * (1 + scale) + shift) @ weight.T + bias)
+        assert rel_l2(normed @ terms.out.double().T + terms.out_bias.double(), expected) <= 1e-6
 
 
 def test_a_few_step_counts_are_kept() -> None:
@@ -91,7 +147,7 @@ def test_a_few_step_counts_are_kept() -> None:
             return RandomCheckpoint(self.config).tensor(name)
 
     source = Counting()
-    make = TimeTerms(source, CPU)
+    make = time_terms(source)
     first = make(1)
     reads = source.reads
     assert make(1) is first and source.reads == reads
@@ -106,9 +162,12 @@ def test_a_few_step_counts_are_kept() -> None:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_terms_are_float32_whatever_the_checkpoint_is(model_type: ModelType) -> None:
+def test_terms_are_float32_whatever_checkpoint_and_engine_are(model_type: ModelType) -> None:
     config = small_config(model_type)
-    for terms in TimeTerms(RandomCheckpoint(config, dtype=torch.bfloat16), CPU)(2):
+    source = RandomCheckpoint(config, dtype=torch.bfloat16)
+    for terms in TimeTerms(source, pack_weights(source, torch.bfloat16, CPU).expert, CPU)(2):
         tensors = [terms.embed_bias, terms.out, terms.out_bias]
-        tensors += [t for m in (*terms.input_norms, terms.final_norm) for t in vars(m).values() if t is not None]
+        norms = (*terms.input_norms, *terms.mlp_norms)
+        tensors += [t for m in norms for t in vars(m).values() if t is not None]
         assert {t.dtype for t in tensors} == {torch.float32}
+        assert all(t.is_contiguous() for t in tensors)

@@ -51,6 +51,31 @@ def test_layernorm_is_folded_into_the_linears_behind_it() -> None:
     assert rel_l2(normed @ weights.vision.projector.T + weights.vision.projector_bias, expected) <= 1e-6
 
 
+def test_rows_behind_a_layernorm_have_mean_0() -> None:
+    """So that they do not see the mean of what they multiply: W diag(w), less each row's mean, rounded once."""
+    source, weights = packed("pi0")
+    _, rounded = packed("pi0", torch.bfloat16)
+    t, vision = source.tensors, weights.vision
+    for norm, names, weight, again in (
+        (
+            "vision.layers.1.norm1",
+            [f"vision.layers.1.{p}_proj" for p in "qkv"],
+            vision.layers[1].qkv,
+            rounded.vision.layers[1].qkv,
+        ),
+        ("vision.layers.1.norm2", ["vision.layers.1.fc1"], vision.layers[1].fc1, rounded.vision.layers[1].fc1),
+        ("vision.post_norm", ["projector"], vision.projector, rounded.vision.projector),
+    ):
+        scaled = torch.cat([t[f"{name}.weight"].double() * t[f"{norm}.weight"].double() for name in names])
+        assert float(scaled.mean(dim=1).norm()) > 0.01, "otherwise there is nothing to see"
+        assert rel_l2(weight, scaled - scaled.mean(dim=1, keepdim=True)) <= 1e-6
+        assert float(weight.double().mean(dim=1).abs().max()) <= 1e-7
+        assert torch.equal(again, weight.bfloat16())
+        # A constant added to a row of x changes nothing.
+        x = torch.randn(5, scaled.shape[1], generator=torch.Generator().manual_seed(0)).double()
+        assert rel_l2((x + 100) @ weight.double().T, x @ weight.double().T) <= 1e-5
+
+
 def test_gemma_norms_are_folded_with_one_plus_weight() -> None:
     source, weights = packed("pi0")
     for tower, layers in (("llm", weights.llm), ("expert", weights.expert)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ LAYERS = [
     [
         "pi0_engine.cases",
         "pi0_engine.checkpoint",
+        "pi0_engine.frames",
         "pi0_engine.hub",
         "pi0_engine.images",
         "pi0_engine.lora",
@@ -50,11 +52,12 @@ ALLOWED = {
     "pi0_engine.inputs": ("pi0_engine.config",),
     # The oracle shares no code with what it judges.
     "pi0_engine.reference": ("pi0_engine.config", "pi0_engine.reference"),
-    "pi0_engine.kernels": ("pi0_engine.config", "pi0_engine.kernels"),
+    "pi0_engine.kernels": ("pi0_engine.config", "pi0_engine.kernels", "pi0_engine._C"),
     "pi0_engine.engine": (
         "pi0_engine.config",
         "pi0_engine.parameters",
         "pi0_engine.inputs",
+        "pi0_engine.frames",
         "pi0_engine.kernels",
         "pi0_engine.engine",
     ),
@@ -77,6 +80,12 @@ OPTIONAL = (
     "websockets",
     "zstandard",
 )
+
+
+#: Kernels are written in Triton, so these import it; ``Op.load`` imports them when their implementation is chosen.
+KERNELS_IN_TRITON = "pi0_engine.kernels.gpu"
+#: What tells about GPUs and launches without Triton: a machine without it imports these.
+WITHOUT_TRITON = ("", ".configs", ".cross_compile", ".launch", ".operands", ".target")
 
 
 def modules() -> dict[str, Path]:
@@ -161,18 +170,55 @@ def test_nothing_imports_in_a_circle() -> None:
         done |= ready
 
 
+def may_import_at_the_top(module: str) -> set[str]:
+    if module.startswith(f"{KERNELS_IN_TRITON}."):
+        return set() if module.removeprefix(KERNELS_IN_TRITON) in WITHOUT_TRITON else {"triton"}
+    return set()
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
-    early = {name for name in imports(MODULES[module], top_level=True) if name.split(".")[0] in OPTIONAL}
+    optional = set(OPTIONAL) - may_import_at_the_top(module)
+    early = {name for name in imports(MODULES[module], top_level=True) if name.split(".")[0] in optional}
     assert not early, f"{module} imports {sorted(early)} at import time"
 
 
-@pytest.mark.parametrize("module", ["pi0_engine.policy", "pi0_engine.cli"])
+def test_the_rule_for_kernels_names_modules_that_exist() -> None:
+    assert {KERNELS_IN_TRITON + name for name in WITHOUT_TRITON} <= set(MODULES)
+    assert may_import_at_the_top("pi0_engine.kernels.gpu.tiles") == {"triton"}
+    for module in ("pi0_engine.kernels.gpu.launch", "pi0_engine.kernels.gpu", "pi0_engine.kernels.linear"):
+        assert may_import_at_the_top(module) == set()
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not may_import_at_the_top(name)])
+def test_kernels_in_triton_are_imported_lazily(module: str) -> None:
+    """At the top only by each other: everything else reaches them through the registry, or inside a function."""
+    early = {name for name in project_imports(module, top_level=True) if may_import_at_the_top(name)}
+    assert not early, f"{module} imports {sorted(early)} at import time"
+
+
+LOADED = f"print(*sorted({set(OPTIONAL)!r} & {{m.partition('.')[0] for m in sys.modules}}))"
+
+
+@pytest.mark.parametrize("module", ["pi0_engine.policy", "pi0_engine.cli", "pi0_engine.engine.trace"])
 def test_importing_the_package_loads_nothing_optional(module: str) -> None:
     """As the interpreter sees it, other people's packages included."""
-    script = f"import sys, {module}; print(*sorted({set(OPTIONAL)!r} & {{m.partition('.')[0] for m in sys.modules}}))"
+    script = f"import sys, {module}; {LOADED}"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/")
     assert run.stdout.split() == []
+
+
+def test_an_engine_on_a_cpu_loads_nothing_optional() -> None:
+    """Choosing its ops neither: Triton alone would be 70 MB and 0.3 s of every start."""
+    imported = "import sys, torch; from pi0_engine.kernels.registry import select_ops"
+    for choose in ("select_ops('auto', torch.device('cpu'))", "select_ops('torch', torch.device('cpu'))"):
+        command = [sys.executable, "-c", f"{imported}; {choose}; {LOADED}"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", env=without_interpreter())
+        assert run.stdout.split() == []
+
+
+def without_interpreter() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 @pytest.mark.parametrize("package", ["pi0_engine.kernels", "pi0_engine.engine"])

@@ -8,122 +8,214 @@ import pytest
 import torch
 from torch import Tensor
 
-from op_checks import check, randn, unset, weight
+from op_checks import (
+    SCRATCH,
+    check,
+    check_stream,
+    layer_norm,
+    randn,
+    rms_norm,
+    stream,
+    unset,
+    unset_stream,
+    weight,
+)
 from pi0_engine.engine.plan import rope_table
-from pi0_engine.kernels.norm_linear import layernorm_linear, rmsnorm_geglu, rmsnorm_linear_euler, rmsnorm_qkv_rope
+from pi0_engine.kernels.norm_linear import (
+    layernorm_linear,
+    rmsnorm_geglu,
+    rmsnorm_linear_euler,
+    rmsnorm_mlp_residual,
+    rmsnorm_qkv_rope,
+)
 from pi0_engine.kernels.registry import REGISTRY, Cost
 
-
-def layer_norm(x: Tensor) -> Tensor:
-    x = x.double()
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def rms_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    x = x.double()
-    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return normed if scale is None or shift is None else normed * scale.double() + shift.double()
+BF16 = torch.bfloat16
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def modulation(adarms: bool, width: int) -> tuple[Tensor | None, Tensor | None]:
-    return (1 + 0.3 * randn(width), 0.3 * randn(width)) if adarms else (None, None)
+def centred(w: Tensor) -> Tensor:
+    """Rows of mean 0, as the engine packs the weights behind a LayerNorm."""
+    return (w.double() - w.double().mean(dim=1, keepdim=True)).to(w.dtype)
 
 
+def modulation(adarms: bool, width: int, out_features: int) -> tuple[Tensor | None, Tensor | None]:
+    """adaRMS's scale, and a bias that stands for its shift behind the linear layer."""
+    return (1 + 0.3 * randn(width), 0.3 * randn(out_features)) if adarms else (None, None)
+
+
+def product(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """float64, of rows behind their RMS norm."""
+    y = rms_norm(x, scale) @ w.double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("width", [13, 150])
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_layernorm_linear(activation: str | None, dtype: torch.dtype) -> None:
-    x, w, bias, out = 3 + 5 * randn(2, 5, 13), weight(7, 13, dtype), randn(7), unset(2, 5, 7, dtype=dtype)
-    layernorm_linear(x, w, bias, activation, out=out)
+def test_layernorm_linear(width: int, activation: str | None, dtype: torch.dtype) -> None:
+    x, w, bias = 3 + 5 * randn(10, width), centred(weight(7, width, dtype)), randn(7)
+    out = unset(10, 7, dtype=dtype)
+    layernorm_linear(stream(x, dtype, sums=True), w, bias, activation, out=out, scratch=SCRATCH)
     y = layer_norm(x) @ w.double().T + bias.double()
     check(out, gelu_tanh(y) if activation else y, dtype)
 
 
+def test_layernorm_with_centred_weights_is_that_with_the_original_ones() -> None:
+    x, original, bias, out = 3 + 5 * randn(10, 150), weight(7, 150), randn(7), unset(10, 7)
+    layernorm_linear(stream(x, torch.float32, sums=True), centred(original), bias, None, out=out, scratch=SCRATCH)
+    check(out, layer_norm(x) @ original.double().T + bias.double(), torch.float32)
+
+
+def test_layernorm_linear_begins_a_stream(dtype: torch.dtype) -> None:
+    """As the projector does: rows of another stream."""
+    x, w, bias, whole = 3 + 5 * randn(10, 13), centred(weight(150, 13, dtype)), randn(150), unset_stream(12, 150, dtype)
+    layernorm_linear(stream(x, dtype, sums=True), w, bias, None, out=whole[:10], scratch=SCRATCH)
+    check_stream(whole[:10], layer_norm(x) @ w.double().T + bias.double(), None, dtype)
+    assert all(part[10:].isnan().all() for part in whole.tensors.values())
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    x = stream(randn(1, 2), torch.float32, sums=True)
+    with pytest.raises(AssertionError):
+        layernorm_linear(x, weight(2, 2), randn(2), "silu", out=unset(1, 2), scratch=SCRATCH)
+
+
 def test_norms_have_eps_1e_6() -> None:
     """At values of 1e-3 eps is as large as the mean square."""
-    x, w = torch.tensor([[1e-3, -1e-3]]), torch.eye(2)
-    out = unset(1, 2)
-    layernorm_linear(x, w, torch.zeros(2), None, out=out)
-    torch.testing.assert_close(out, torch.tensor([[0.5**0.5, -(0.5**0.5)]]))
-    actions = torch.zeros(1, 2)
-    rmsnorm_linear_euler(x, w, torch.zeros(2), None, None, actions=actions)
-    torch.testing.assert_close(actions, torch.tensor([[0.5**0.5, -(0.5**0.5)]]))
+    x, expected = torch.tensor([[1e-3, -1e-3]]), torch.tensor([[0.5**0.5, -(0.5**0.5)]])
+    out, actions = unset(1, 2), torch.zeros(1, 2)
+    # The rows of this weight have mean 0: half of the difference of the two columns.
+    halves = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
+    layernorm_linear(stream(x, torch.float32, sums=True), halves, torch.zeros(2), None, out=out, scratch=SCRATCH)
+    torch.testing.assert_close(out, expected)
+    rmsnorm_linear_euler(stream(x, torch.float32), torch.eye(2), torch.zeros(2), actions=actions, scratch=SCRATCH)
+    torch.testing.assert_close(actions, expected)
+    # rmsnorm_geglu of (a, b): gelu(a) * b.
+    hidden = unset(1, 1)
+    rmsnorm_geglu(stream(x, torch.float32), torch.eye(2), None, None, out=hidden, scratch=SCRATCH)
+    torch.testing.assert_close(hidden.double(), (gelu_tanh(expected[:, :1]) * expected[:, 1:]).double())
 
 
 @pytest.mark.parametrize("adarms", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("with_queries", [True, False])
-def test_rmsnorm_qkv_rope(adarms: bool, kv_heads: int, with_queries: bool, dtype: torch.dtype) -> None:
-    """Four query heads of 6; keys and values go into the middle of a larger cache."""
-    heads, head_dim, positions = 4, 6, torch.tensor([[4, 5, 6], [0, 7, 8]])
+@pytest.mark.parametrize("width", [13, 150])
+def test_rmsnorm_qkv_rope(adarms: bool, kv_heads: int, with_queries: bool, width: int, dtype: torch.dtype) -> None:
+    """Four query heads of 6; keys and values go into the middle of a longer cache."""
+    heads, head_dim, positions = 4, 6, torch.tensor([4, 5, 6, 0, 7, 8], dtype=torch.int32)
     q_dim, kv_dim = heads * head_dim, kv_heads * head_dim
-    x, (scale, shift) = randn(2, 3, 13), modulation(adarms, 13)
-    w = weight((q_dim if with_queries else 0) + 2 * kv_dim, 13, dtype)
-    q = unset(2, 3, q_dim, dtype=dtype) if with_queries else None
-    cache_k, cache_v = unset(2, 5, kv_dim, dtype=dtype), unset(2, 5, kv_dim, dtype=dtype)
-    table = rope_table(9, head_dim)
-    rmsnorm_qkv_rope(x, w, scale, shift, table, positions, q=q, k=cache_k[:, 1:4], v=cache_v[:, 1:4])
-    y = rms_norm(x, scale, shift) @ w.double().T
+    w = weight((q_dim if with_queries else 0) + 2 * kv_dim, width, dtype)
+    x, (scale, bias) = randn(6, width), modulation(adarms, width, w.shape[0])
+    q = unset(6, q_dim, dtype=dtype) if with_queries else None
+    cache_k, cache_v = unset(8, kv_dim, dtype=dtype), unset(8, kv_dim, dtype=dtype)
+    rmsnorm_qkv_rope(
+        stream(x, dtype, scale=scale),
+        w,
+        scale,
+        bias,
+        rope_table(9, head_dim),
+        positions,
+        q=q,
+        k=cache_k[1:7],
+        v=cache_v[1:7],
+        scratch=SCRATCH,
+    )
+    y = product(x, w, scale, bias)
     if q is not None:
-        check(q, rotated(y[..., :q_dim], positions, head_dim), dtype)
-    check(cache_k[:, 1:4], rotated(y[..., -2 * kv_dim : -kv_dim], positions, head_dim), dtype)
-    check(cache_v[:, 1:4], y[..., -kv_dim:], dtype)
-    assert cache_k[:, [0, 4]].isnan().all() and cache_v[:, [0, 4]].isnan().all()
+        check(q, rotated(y[:, :q_dim], positions, head_dim), dtype)
+    check(cache_k[1:7], rotated(y[:, -2 * kv_dim : -kv_dim], positions, head_dim), dtype)
+    check(cache_v[1:7], y[:, -kv_dim:], dtype)
+    assert cache_k[[0, 7]].isnan().all() and cache_v[[0, 7]].isnan().all()
 
 
 def rotated(x: Tensor, positions: Tensor, head_dim: int) -> Tensor:
     """Pair (i, i + head_dim / 2) of each head as a complex number, times exp(i * position / 10000^(2i / head_dim))."""
     first, second = x.unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
-    turned = torch.complex(first, second) * torch.exp(1j * positions[:, :, None, None] * frequency)
-    return torch.stack([turned.real, turned.imag], dim=-2).flatten(2)
+    turned = torch.complex(first, second) * torch.exp(1j * positions[:, None, None] * frequency)
+    return torch.stack([turned.real, turned.imag], dim=-2).flatten(1)
 
 
 @pytest.mark.parametrize("adarms", [False, True])
-def test_rmsnorm_geglu(adarms: bool, dtype: torch.dtype) -> None:
-    x, w, (scale, shift) = randn(2, 5, 13), weight(14, 13, dtype), modulation(adarms, 13)
-    out = unset(2, 5, 7, dtype=dtype)
-    rmsnorm_geglu(x, w, scale, shift, out=out)
-    normed, (gate, up) = rms_norm(x, scale, shift), w.double().chunk(2)
-    check(out, gelu_tanh(normed @ gate.T) * (normed @ up.T), dtype)
+@pytest.mark.parametrize("width", [13, 150])
+def test_rmsnorm_geglu(adarms: bool, width: int, dtype: torch.dtype) -> None:
+    x, w, (scale, bias) = randn(10, width), weight(14, width, dtype), modulation(adarms, width, 14)
+    out = unset(10, 7, dtype=dtype)
+    rmsnorm_geglu(stream(x, dtype, scale=scale), w, scale, bias, out=out, scratch=SCRATCH)
+    gate, up = product(x, w, scale, bias).chunk(2, dim=-1)
+    check(out, gelu_tanh(gate) * up, dtype)
 
 
 @pytest.mark.parametrize("adarms", [False, True])
-def test_rmsnorm_linear_euler(adarms: bool) -> None:
-    """Always float32: this is the path by which the actions' precision leaves the network."""
-    x, w, bias, (scale, shift), actions = (
-        randn(2, 5, 13),
-        weight(7, 13),
-        randn(7),
-        modulation(adarms, 13),
-        randn(2, 5, 7),
+@pytest.mark.parametrize("last_layer", [False, True])
+@pytest.mark.parametrize("width", [13, 150])
+def test_rmsnorm_mlp_residual(adarms: bool, last_layer: bool, width: int, dtype: torch.dtype) -> None:
+    """The whole MLP: x + gate * (down @ (gelu(gate half) * up half)); behind the last layer no scale follows."""
+    x, gate_up, down = randn(10, width), weight(14, width, dtype), weight(width, 7, dtype)
+    scale, bias = modulation(adarms, width, 14)
+    gate = randn(width) if adarms else None
+    next_scale = 1 + 0.3 * randn(width) if adarms and not last_layer else None
+    residual, hidden = stream(x, dtype, scale=scale), unset(10, 7, dtype=dtype)
+    rmsnorm_mlp_residual(
+        gate_up, down, scale, bias, gate, next_scale, hidden=hidden, residual=residual, scratch=SCRATCH
     )
-    expected = actions.double() + rms_norm(x, scale, shift) @ w.double().T + bias.double()
-    rmsnorm_linear_euler(x, w, bias, scale, shift, actions=actions)
-    check(actions, expected, torch.float32)
+    first, second = product(x, gate_up, scale, bias).chunk(2, dim=-1)
+    branch = gelu_tanh(first) * second @ down.double().T
+    expected = x.double() + (branch if gate is None else gate.double() * branch)
+    check_stream(residual, expected, next_scale, dtype)
+
+
+def test_rmsnorm_linear_euler() -> None:
+    """Always float32: this is the path by which the actions' precision leaves the network."""
+    for width in (13, 150):
+        x, w, bias, actions = randn(10, width), weight(7, width), randn(7), randn(10, 7)
+        expected = actions.double() + product(x, w, None, bias)
+        rmsnorm_linear_euler(stream(x, BF16), w, bias, actions=actions, scratch=SCRATCH)
+        check(actions, expected, torch.float32)
 
 
 def test_costs() -> None:
-    """Two times three rows of width 8; bfloat16 weights and outputs, float32 stream and modulation."""
-    bf16, x, scale = torch.bfloat16, randn(2, 3, 8), randn(8)
-    stream = 4 * 6 * 8
+    """Six rows of width 8; bfloat16 weights, outputs and rounded rows; float32 sums, vectors and table."""
+    x, scale, bias = stream(randn(6, 8), BF16), randn(8), randn(16)
+    normed = 2 * 6 * 8 + 4 * 6  # the rounded rows and one sum of squares each
 
-    cost = REGISTRY["layernorm_linear"].cost(x, weight(5, 8, bf16), randn(5), "gelu", out=unset(2, 3, 5, dtype=bf16))
-    assert cost == Cost(flops=2 * 6 * 5 * 8, bytes=stream + 2 * 5 * 8 + 4 * 5 + 2 * 6 * 5)
+    with_sums = stream(randn(6, 8), BF16, sums=True)
+    out = unset(6, 5, dtype=BF16)
+    cost = REGISTRY["layernorm_linear"].cost(with_sums, weight(5, 8, BF16), randn(5), "gelu", out=out, scratch=SCRATCH)
+    assert cost == Cost(flops=2 * 6 * 5 * 8, bytes=normed + 4 * 6 + 2 * 5 * 8 + 4 * 5 + 2 * 6 * 5)
+    begun = unset_stream(6, 5, BF16)
+    cost = REGISTRY["layernorm_linear"].cost(with_sums, weight(5, 8, BF16), randn(5), None, out=begun, scratch=SCRATCH)
+    stream_of_5 = 4 * 6 * 5 + 2 * 6 * 5 + 4 * 6
+    assert cost == Cost(flops=2 * 6 * 5 * 8, bytes=normed + 4 * 6 + 2 * 5 * 8 + 4 * 5 + stream_of_5)
 
-    q, kv = unset(2, 3, 8, dtype=bf16), unset(2, 3, 4, dtype=bf16)
-    positions, table = torch.zeros(2, 3, dtype=torch.int64), rope_table(9, 4)
-    arguments = (x, weight(16, 8, bf16), scale, scale, table, positions)
-    cost = REGISTRY["rmsnorm_qkv_rope"].cost(*arguments, q=q, k=kv, v=kv)
+    q, kv = unset(6, 8, dtype=BF16), unset(6, 4, dtype=BF16)
+    positions, table = torch.zeros(6, dtype=torch.int32), rope_table(9, 4)
+    arguments = (x, weight(16, 8, BF16), scale, bias, table, positions)
+    cost = REGISTRY["rmsnorm_qkv_rope"].cost(*arguments, q=q, k=kv, v=kv, scratch=SCRATCH)
     rows_of_table = 6 * 4 * 4
-    assert cost == Cost(2 * 6 * 16 * 8, stream + 2 * 16 * 8 + 2 * 4 * 8 + 2 * 6 * 16 + rows_of_table)
+    assert cost == Cost(2 * 6 * 16 * 8, normed + 2 * 16 * 8 + 4 * 16 + 2 * 6 * 16 + rows_of_table)
+    arguments = (x, weight(8, 8, BF16), None, None, table, positions)
+    cost = REGISTRY["rmsnorm_qkv_rope"].cost(*arguments, q=None, k=kv, v=kv, scratch=SCRATCH)
+    assert cost == Cost(2 * 6 * 8 * 8, normed + 2 * 8 * 8 + 2 * 6 * 8 + rows_of_table)
 
-    cost = REGISTRY["rmsnorm_geglu"].cost(x, weight(10, 8, bf16), None, None, out=unset(2, 3, 5, dtype=bf16))
-    assert cost == Cost(2 * 6 * 10 * 8, stream + 2 * 10 * 8 + 2 * 6 * 5)
+    gate_up, out = weight(10, 8, BF16), unset(6, 5, dtype=BF16)
+    cost = REGISTRY["rmsnorm_geglu"].cost(x, gate_up, None, None, out=out, scratch=SCRATCH)
+    assert cost == Cost(2 * 6 * 10 * 8, normed + 2 * 10 * 8 + 2 * 6 * 5)
+    cost = REGISTRY["rmsnorm_geglu"].cost(x, gate_up, scale, randn(10), out=out, scratch=SCRATCH)
+    assert cost == Cost(2 * 6 * 10 * 8, normed + 2 * 10 * 8 + 4 * 10 + 2 * 6 * 5)
 
-    actions = unset(2, 3, 7)
-    cost = REGISTRY["rmsnorm_linear_euler"].cost(x, weight(7, 8), randn(7), scale, scale, actions=actions)
-    assert cost == Cost(2 * 6 * 7 * 8, stream + 4 * (7 * 8 + 7 + 8 + 8) + 2 * 4 * 6 * 7)
+    down, whole = weight(8, 5, BF16), 4 * 6 * 8 + 2 * 6 * 8 + 4 * 6
+    mlp = Cost(2 * 6 * 10 * 8 + 2 * 6 * 5 * 8, normed + 2 * 10 * 8 + 2 * 8 * 5 + 2 * (2 * 6 * 5) + 4 * 6 * 8 + whole)
+    arguments = (gate_up, down, None, None, None, None)
+    cost = REGISTRY["rmsnorm_mlp_residual"].cost(*arguments, hidden=out, residual=x, scratch=SCRATCH)
+    assert cost == mlp
+    arguments = (gate_up, down, scale, randn(10), scale, scale)
+    cost = REGISTRY["rmsnorm_mlp_residual"].cost(*arguments, hidden=out, residual=x, scratch=SCRATCH)
+    assert cost == mlp + Cost(0, 4 * (10 + 8 + 8))
+
+    actions = unset(6, 7)
+    cost = REGISTRY["rmsnorm_linear_euler"].cost(x, weight(7, 8), randn(7), actions=actions, scratch=SCRATCH)
+    assert cost == Cost(2 * 6 * 7 * 8, 4 * 6 * 8 + 4 * 6 + 4 * (7 * 8 + 7) + 2 * 4 * 6 * 7)

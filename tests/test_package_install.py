@@ -21,12 +21,15 @@ from typing import Any
 
 import pytest
 
+from nvcc import NVCC
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Importable package -> its folder in the repository.
 FOLDERS = {"pi0_engine": "python/pi0_engine", "pi0_engine.kernels": "kernels", "pi0_engine.engine": "engine"}
 BORROWED = ("torch", "numpy", "PIL", "tyro", "safetensors", "tokenizers", "pip", "setuptools", "pybind11")
 
 _compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+HAS_NVCC = NVCC is not None and os.environ.get("PI0_ENGINE_CUDA") != "0"
 CAN_COMPILE = shutil.which(_compiler) is not None and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 #: What a program that uses the installed package sees.
@@ -40,6 +43,7 @@ print(json.dumps({
     "folders": {name: importlib.import_module(name).__path__[0] for name in names},
     "implementation": preprocess.implementation,
     "reason": preprocess.reason,
+    "cuda": preprocess.implementation == "cpp" and bool(importlib.import_module("pi0_engine._C").cuda_architectures()),
 }))
 """
 
@@ -91,6 +95,8 @@ def install(mode: str, folder: Path) -> Installed:
         run(*pip, "-e", ".", cwd=sources)
     elif mode == "directory":
         run(*pip, ".", cwd=sources)
+    elif mode == "without CUDA":
+        run(*pip, ".", cwd=sources, PI0_ENGINE_CUDA="0")
     elif mode == "without compiler":
         run(*pip, ".", cwd=sources, CXX="no-such-compiler")
     elif mode == "sdist, wheel":
@@ -102,7 +108,7 @@ def install(mode: str, folder: Path) -> Installed:
     return Installed(mode, python, sources)
 
 
-MODES = ["editable", "directory", "sdist, wheel", "without compiler"]
+MODES = ["editable", "directory", "sdist, wheel", "without CUDA", "without compiler"]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,7 @@ def test_imports(installed: Installed, tmp_path: Path) -> None:
             assert Path(folder).is_relative_to(home), f"{package} comes from {folder}"
         if CAN_COMPILE and installed.mode != "without compiler":
             assert seen["implementation"] == "cpp"
+            assert seen["cuda"] == (HAS_NVCC and installed.mode != "without CUDA")
         else:
             assert seen["implementation"] == "pillow"
             assert "compiled at installation where a C++17 compiler" in seen["reason"]

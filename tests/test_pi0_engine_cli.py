@@ -96,8 +96,8 @@ def test_bench_reports_stages_floor_baseline_and_memory(tmp_path: Path, capsys: 
     arguments = ["bench", "--config", str(DATA / "pi0_tiny.json"), "--random-weights", "3", "--views", "2"]
     arguments += ["--prompt-tokens", "12", "--horizon", "10", "--num-steps", "2", "--dtype", "bfloat16"]
     report = run_json(capsys, *arguments, "--runs", "2", "--baseline", "reference", "--plot", str(plot))
-    assert list(report["engine"]) == ["inputs", "vision", "prefix", "state", "flow", "total"]
-    for stage in ("vision", "prefix", "state", "flow", "total"):
+    assert list(report["engine"]) == ["inputs", "vision", "prefix", "flow", "total"]
+    for stage in ("vision", "prefix", "flow", "total"):
         row = report["engine"][stage]
         assert 0 < row["p50_ms"] <= row["p99_ms"] and row["floor_ms"] > 0
         assert row["percent_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["p50_ms"])

@@ -117,10 +117,11 @@ def test_an_unreadable_config_file_says_why(content: str | None, message: str, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "dtype is 'float16', expected 'auto', 'float32' or 'bfloat16'"),
+        ({"dtype": "int8"}, r"dtype is 'int8', expected one of \['auto', 'float32', 'bfloat16', 'float16'\]"),
         ({"prompt_bucket": 0}, "prompt_bucket is 0, expected "),
         ({"prompt_bucket": 1.5}, r"prompt_bucket is 1\.5, expected an integer of at least 1"),
-        ({"backend": "cuda"}, "backend is 'cuda', expected 'auto', 'torch' or 'triton'"),
+        ({"backend": "cuda"}, r"backend is 'cuda', expected one of \['auto', 'torch', 'triton'\]"),
+        ({"attention": "cudnn"}, r"attention is 'cudnn', expected one of \['auto', 'torch', 'triton', 'flash_attn'\]"),
         ({"max_plans": 0}, "max_plans is 0, expected "),
     ],
 )

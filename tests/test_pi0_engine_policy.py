@@ -65,7 +65,7 @@ def test_actions_are_the_references_in_robot_units(policy: Pi0Policy, checkpoint
     assert reply["actions"].shape == (50, 7) and reply["actions"].dtype == np.float32
     np.testing.assert_allclose(reply["actions"], expected, atol=1e-4)
     np.testing.assert_array_equal(reply["state"], libero()["observation/state"].astype(np.float32))
-    assert {"infer_ms", "prepare_ms", "vision_ms", "prefix_ms", "state_ms", "flow_ms"} <= reply["policy_timing"].keys()
+    assert {"infer_ms", "prepare_ms", "vision_ms", "prefix_ms", "flow_ms"} <= reply["policy_timing"].keys()
     stages = sum(ms for name, ms in reply["policy_timing"].items() if name != "infer_ms")
     assert 0 < stages <= reply["policy_timing"]["infer_ms"]
 

@@ -347,7 +347,7 @@ def _launch(
 ) -> None:
     q, k, v = qkv
     group = out.shape[-1] // head_dim // kv_heads
-    config = launcher.config(op, rows=tokens * group, n=prefix, k=head_dim)
+    config = launcher.config(op, rows=tokens * group, n=prefix, k=head_dim, dtype=q.dtype)
     main, tail = head_parts(head_dim)
     tiles = divide(tokens * group, config.block_m)
     slots, size = tiles * sequences * kv_heads, config.block_m * (main + tail + 2)

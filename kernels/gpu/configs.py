@@ -39,6 +39,39 @@ class LaunchConfig:
     ahead_bytes: int = 0
 
 
+#: Largest block_m, block_n, block_k of an op whose operands are float32 where the engine's are usually 16 bits wide.
+#: The rules are written for tensor cores, which read shared memory. Exact float32 products run on the ordinary cores,
+#: with operands in registers: on sm_90 tiles of 128 x 128 spill 40 to 90 KB per thread, or do not fit at all.
+_FLOAT32_TILES = {
+    "layernorm_linear": (64, 64, 32),
+    "linear_residual": (64, 64, 32),
+    "rmsnorm_qkv_rope": (32, 32, 32),
+    "rmsnorm_geglu": (32, 32, 32),
+    "mlp_up": (32, 32, 32),
+    "mlp_down": (32, 64, 32),
+    "vision_attention": (32, 32, 0),
+    "prefix_attention": (16, 16, 0),
+    "suffix_attention": (16, 16, 0),
+}
+
+
+def for_float32(op: str, config: LaunchConfig) -> LaunchConfig:
+    """``config`` cut down to what exact float32 products can run; for parity, not for speed."""
+    if op not in _FLOAT32_TILES:  # written for float32
+        return config
+    tile = (config.block_m, config.block_n, config.block_k)
+    block_m, block_n, block_k = (min(pair) for pair in zip(tile, _FLOAT32_TILES[op], strict=True))
+    return dataclasses.replace(
+        config,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        warps=min(config.warps, 4),
+        stages=min(config.stages, 2),
+        tma=False,
+    )
+
+
 @dataclass(frozen=True)
 class Rule:
     """``config`` for problems of ``op`` with at most ``max_rows`` rows, and of just this ``n`` and ``k`` if given."""

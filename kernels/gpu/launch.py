@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pi0_engine.kernels.gpu.configs import LaunchConfig, LaunchConfigs
+import torch
+
+from pi0_engine.kernels.gpu.configs import LaunchConfig, LaunchConfigs, for_float32
 from pi0_engine.kernels.gpu.target import Target
 
 
@@ -76,9 +78,11 @@ class Launcher:
         self.target, self.configs, self._execute = target, configs, execute
         self.concurrent = concurrent
 
-    def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
+    def config(self, op: str, *, rows: int, n: int, k: int, dtype: torch.dtype | None = None) -> LaunchConfig:
         """The configuration for ``rows`` x ``n`` results from ``k`` products each, less what the GPU does not have."""
         found, target = self.configs.find(op, rows=rows, n=n, k=k), self.target
+        if dtype == torch.float32 and self.concurrent:
+            found = for_float32(op, found)
         return dataclasses.replace(
             found,
             tma=found.tma and target.has_tma,

@@ -192,7 +192,7 @@ def _launch(
 ) -> None:
     """x [rows, K], weight [N, K] of one dtype; the rest as in the kernel."""
     rows, (n, k) = x.shape[0], weight.shape
-    config = launcher.config(op, rows=rows, n=n, k=k)
+    config = launcher.config(op, rows=rows, n=n, k=k, dtype=weight.dtype)
     tiles = divide(rows, config.block_m) * divide(n, config.block_n)
     splits = splits_that_fit(config, tiles, config.block_m * config.block_n, scratch)
     stream = out if isinstance(out, Stream) else None

@@ -159,8 +159,8 @@ def rmsnorm_mlp_residual(
 ) -> None:
     rows, width = hidden.shape
     k = down.shape[0]
-    up_config = launcher.config("mlp_up", rows=rows, n=2 * width, k=k)
-    down_config = launcher.config("mlp_down", rows=rows, n=k, k=width)
+    up_config = launcher.config("mlp_up", rows=rows, n=2 * width, k=k, dtype=down.dtype)
+    down_config = launcher.config("mlp_down", rows=rows, n=k, k=width, dtype=down.dtype)
     up_tiles = divide(rows, up_config.block_m) * divide(width, up_config.block_n)
     down_tiles = divide(rows, down_config.block_m) * divide(k, down_config.block_n)
     splits = splits_that_fit(down_config, down_tiles, down_config.block_m * down_config.block_n, scratch)

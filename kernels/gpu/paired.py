@@ -173,7 +173,7 @@ def _launch(
     scratch: Scratch,
 ) -> None:
     rows, (n, k) = x.x.shape[0], weight.shape
-    config = launcher.config(op, rows=rows, n=n, k=k)
+    config = launcher.config(op, rows=rows, n=n, k=k, dtype=weight.dtype)
     tiles = divide(rows, config.block_m) * divide(n // 2, config.block_n)
     splits = splits_that_fit(config, tiles, 2 * config.block_m * config.block_n, scratch)
     # A descriptor reads consecutive rows: a tile must not cross from one head to the next.

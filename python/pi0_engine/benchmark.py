@@ -131,18 +131,18 @@ def _against_floor(
         views=[work.views], prompt_lengths=[work.prompt_tokens], horizon=work.horizon, num_steps=work.num_steps
     )
     costs = work_per_stage(count_work(work.config, plan, engine.dtype))
+    floors = {
+        stage: max(cost.flops / ceilings["flops_per_s"], cost.bytes / ceilings["bytes_per_s"])
+        for stage, cost in costs.items()
+    }
     out: dict[str, dict[str, float]] = {}
-    floor_total = 0.0
     for stage in measured[0]:
         times = [m[stage] for m in measured]
         row = {"p50_ms": 1e3 * float(np.median(times)), "p99_ms": 1e3 * float(np.quantile(times, 0.99))}
         if stage in costs:
-            cost = costs[stage]
-            floor = max(cost.flops / ceilings["flops_per_s"], cost.bytes / ceilings["bytes_per_s"])
-            floor_total += floor
-            row.update(flops=cost.flops, bytes=cost.bytes, floor_ms=1e3 * floor)
-        elif stage == "total":
-            row["floor_ms"] = 1e3 * floor_total
+            row.update(flops=costs[stage].flops, bytes=costs[stage].bytes, floor_ms=1e3 * floors[stage])
+        elif stage in ("replay", "total"):
+            row["floor_ms"] = 1e3 * sum(floors.values())
         if "floor_ms" in row:
             row["percent_of_floor"] = 100 * row["floor_ms"] / row["p50_ms"]
         out[stage] = row

@@ -104,7 +104,7 @@ def sample_reference(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, nu
     """The reference's actions float32 [B, H, action_dim] on the CPU, for noise of that shape, on the model's device."""
     device = model.projector.weight.device
     return model.sample_actions(
-        inputs.images.to(device),
+        inputs.pixels.to(device),
         inputs.image_masks.to(device),
         inputs.tokens.to(device),
         inputs.token_mask.to(device),

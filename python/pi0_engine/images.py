@@ -19,6 +19,9 @@ from PIL import Image
 Frame = npt.NDArray[np.uint8]
 Pixels = npt.NDArray[np.float32]
 
+#: Why there may be no extension.
+EXTENSION_NEEDS = "it is compiled at installation where a C++17 compiler and Python's headers are present"
+
 #: More threads than this gain nothing on a few camera frames.
 _MAX_THREADS = 4
 #: The longest side of a frame, in pixels (csrc/resize_with_pad.h).
@@ -69,10 +72,7 @@ class FramePreprocessor:
         try:
             from pi0_engine import _C
         except ImportError as error:
-            why = (
-                f"the extension pi0_engine._C cannot be imported ({error}); "
-                "it is compiled at installation where a C++17 compiler and Python's headers are present"
-            )
+            why = f"the extension pi0_engine._C cannot be imported ({error}); {EXTENSION_NEEDS}"
             if implementation == "cpp":
                 raise RuntimeError(f"implementation 'cpp' is unavailable: {why}") from error
             _log.warning("frames are resized by Pillow: %s", why)
@@ -100,7 +100,7 @@ class FramePreprocessor:
         if not frames:
             raise ValueError("frames is empty, expected at least one uint8 [height, width, 3] array")
         for index, frame in enumerate(frames):
-            _check_frame(frame, f"frame {index}")
+            check_frame(frame, f"frame {index}")
         shape = (len(frames), self.size, self.size, 3)
         if out is None:
             out = np.empty(shape, np.float32)
@@ -115,7 +115,7 @@ class FramePreprocessor:
 
 def resize_with_pad(frame: Frame, size: int = 224) -> Pixels:
     """One frame uint8 [H, W, 3] -> float32 [size, size, 3] in [-1, 1]; see :class:`FramePreprocessor`."""
-    _check_frame(frame, "frame")
+    check_frame(frame, "frame")
     pixels: Pixels = _default_preprocessor(size)([frame])[0]
     return pixels
 
@@ -139,7 +139,8 @@ def _resize_pillow(frame: Frame, out: Pixels) -> None:
     out[top : top + new_height, left : left + new_width] = scaled.astype(np.float32) / 255 * 2 - 1
 
 
-def _check_frame(frame: Frame, name: str) -> None:
+def check_frame(frame: Frame, name: str) -> None:
+    """Raise a ValueError that calls it ``name`` if ``frame`` is not uint8 [H, W, 3] with sides in range."""
     expected = "expected a numpy array, uint8 [height, width, 3]"
     if not isinstance(frame, np.ndarray):
         raise ValueError(f"{name} is {type(frame).__name__}, {expected}")

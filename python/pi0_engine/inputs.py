@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pi0_engine.config import Pi0Config
 
@@ -16,27 +18,45 @@ PIXEL_LIMIT = 1.5
 class ModelInputs:
     """A batch of B observations, ready for the network. All tensors on the CPU.
 
+    The cameras come either as ``images`` or as ``frames``; the other is None.
+
     Attributes:
         images: float32 [B, V, S, S, 3] in [-1, 1], V camera slots (1..4) of S x S pixels, in prefix order.
+        frames: for each observation its present cameras, in prefix order: uint8 [H, W, 3] of any size, which the engine
+            resizes itself (on a GPU, inside the graph).
         image_masks: bool [B, V]; a slot with False is absent and its pixels are never read.
         tokens: int64 [B, L] prompt token ids, right-padded.
         token_mask: bool [B, L], True for real tokens (a prefix of each row).
         state: float32 [B, action_dim], normalised and zero-padded. π0.5 reads it from the prompt instead.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | None
     image_masks: torch.Tensor
     tokens: torch.Tensor
     token_mask: torch.Tensor
     state: torch.Tensor
+    frames: tuple[tuple[NDArray[np.uint8], ...], ...] | None = None
 
     @property
     def batch(self) -> int:
-        return self.images.shape[0]
+        return self.image_masks.shape[0]
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """``images``, of inputs that have them.
+
+        Raises:
+            ValueError: they have frames instead.
+        """
+        if self.images is None:
+            raise ValueError("the inputs hold frames of the cameras' own sizes, expected resized images")
+        return self.images
 
     def validate(self, config: Pi0Config) -> None:
         """Raise ValueError naming the first tensor whose shape, dtype or content the model cannot take."""
         size = config.vision.image_size
+        if (self.images is None) == (self.frames is None):
+            raise ValueError("the inputs hold both images and frames, or neither: expected one of them")
         expected: dict[str, tuple[tuple[str | int, ...], torch.dtype]] = {
             "images": (("B", "V", size, size, 3), torch.float32),
             "image_masks": (("B", "V"), torch.bool),
@@ -45,6 +65,8 @@ class ModelInputs:
             "state": (("B", config.action_dim), torch.float32),
         }
         sizes: dict[str | int, int] = {}  # B, V and L are what the first tensor says
+        if self.images is None:
+            del expected["images"]
         for name, (shape, dtype) in expected.items():
             tensor = getattr(self, name)
             found = tuple(tensor.shape)
@@ -73,8 +95,14 @@ class ModelInputs:
             )
         if not bool(torch.isfinite(self.state).all()):
             raise ValueError("state contains NaN or infinity")
+        if self.frames is not None:
+            given, present_cameras = [len(f) for f in self.frames], self.image_masks.sum(dim=1).tolist()
+            if given != present_cameras:
+                raise ValueError(f"frames holds {given} frames per observation, image_masks says {present_cameras}")
+            return
+        images = self.pixels
         for slot in range(views):
-            present = self.images[self.image_masks[:, slot], slot]
+            present = images[self.image_masks[:, slot], slot]
             low, high = present.aminmax() if present.numel() else (torch.zeros(()), torch.zeros(()))
             if not (low >= -PIXEL_LIMIT and high <= PIXEL_LIMIT):  # false for NaN
                 raise ValueError(f"images of camera slot {slot} span {low:.4g} to {high:.4g}, expected -1 to 1")

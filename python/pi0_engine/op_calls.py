@@ -78,8 +78,8 @@ class OpCall:
             return f"{'x'.join(str(size) for size in named['q'].shape[:2])} q, {named['k'].shape[1]} k"
         if "qkv" in named:
             return f"{'x'.join(str(size) for size in named['qkv'].shape[:2])} q, {named['qkv'].shape[1]} k"
-        assert isinstance(out, Stream), self.op
-        return "x".join(str(size) for size in out.x.shape)
+        tensor = out.x if isinstance(out, Stream) else next(iter(reversed(named.values())))
+        return "x".join(str(size) for size in tensor.shape)
 
 
 def record_op_calls(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list[OpCall]:

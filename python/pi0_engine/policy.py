@@ -124,7 +124,9 @@ class Pi0Policy:
             config=model,
             preprocess_frames=FramePreprocessor(size=model.vision.image_size),
         )
-        return cls(Engine(checkpoint, engine, progress=progress), transform, subtask=subtask, seed=seed)
+        running = Engine(checkpoint, engine, progress=progress)
+        transform = dataclasses.replace(transform, raw_frames=running.takes_frames)
+        return cls(running, transform, subtask=subtask, seed=seed)
 
     @property
     def config(self) -> Pi0Config:

@@ -181,7 +181,8 @@ class Pi0Reference(nn.Module):
         cache = self.prefill(prefix, pad_mask)
         x_t = noise
         for time, dt in flow_times(self.config.num_steps if num_steps is None else num_steps):
-            x_t = x_t + dt * self.velocity(state, pad_mask, cache, x_t, time.expand(x_t.shape[0]))
+            times = time.to(x_t.device).expand(x_t.shape[0])
+            x_t = x_t + dt * self.velocity(state, pad_mask, cache, x_t, times)
         return x_t
 
     def loss(

@@ -5,6 +5,7 @@ Read ``reference.py`` first. Plain PyTorch, nothing fused; shapes as there.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import cast
 
@@ -141,15 +142,19 @@ class Stream:
 KVCache = list[tuple[Tensor, Tensor]]
 
 
+@functools.cache
+def inverse_frequencies(head_dim: int, device: torch.device) -> Tensor:
+    """float32 [head_dim / 2], the same bits on every device: computed on the CPU and kept where it is used."""
+    return (ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)).to(device)
+
+
 def rope(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary position embedding in half-split form.
 
     x [B, heads, n, head_dim], positions int [B, n]. The angle of pair (i, i + head_dim/2) is
     position / 10000^(2i / head_dim), rounded to float32; the rotation is done in x.dtype.
     """
-    head_dim = x.shape[-1]
-    inv_freq = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = positions[:, None, :, None].float() * inv_freq.to(x.device)
+    angle = positions[:, None, :, None].float() * inverse_frequencies(x.shape[-1], x.device)
     cos, sin = angle.double().cos().to(x.dtype), angle.double().sin().to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

@@ -56,6 +56,7 @@ class ObservationTransform:
         preprocess_frames: resizes to ``config.vision.image_size``.
         pad_prompt_state: whether π0.5's prompt holds the state padded to ``action_dim``. openpi and lerobot from 0.5
             put the real dimensions there; lerobot 0.4 trained with the padded ones, and its files do not say so.
+        raw_frames: whether frames are handed to the engine as they are, for it to resize.
 
     Raises:
         ValueError: parts that do not fit each other, among them a delta mask other than the checkpoint's.
@@ -67,6 +68,7 @@ class ObservationTransform:
     config: Pi0Config
     preprocess_frames: FramePreprocessor
     pad_prompt_state: bool = False
+    raw_frames: bool = False
 
     def __post_init__(self) -> None:
         robot, config = self.robot, self.config
@@ -119,10 +121,13 @@ class ObservationTransform:
         robot_state = np.stack([observation.state for observation in read])
         state = self.robot.state_to_model(robot_state)
         normalized = self.stats.state.normalize(state)
-        images, image_masks = self._images(read)
+        image_masks = np.array([[slot in observation.frames for slot in self.robot.slots] for observation in read])
+        frames = tuple(tuple(o.frames[slot] for slot in self.robot.slots if slot in o.frames) for o in read)
+        images = None if self.raw_frames else torch.from_numpy(self._images(frames, image_masks))
         tokens, token_mask = self._tokens(read, normalized)
         inputs = ModelInputs(
-            images=torch.from_numpy(images),
+            images=images,
+            frames=frames if self.raw_frames else None,
             image_masks=torch.from_numpy(image_masks),
             tokens=torch.from_numpy(tokens),
             token_mask=torch.from_numpy(token_mask),
@@ -181,16 +186,17 @@ class ObservationTransform:
                 raise ValueError(f"observation {index}: {error}") from error
         return read
 
-    def _images(self, read: list[Observation]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        size, slots = self.config.vision.image_size, self.robot.slots
-        masks = np.array([[slot in observation.frames for slot in slots] for observation in read])
-        frames = [o.frames[slot] for o in read for slot in slots if slot in o.frames]
+    def _images(
+        self, frames: tuple[tuple[NDArray[np.uint8], ...], ...], masks: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        size = self.config.vision.image_size
+        present = [frame for row in frames for frame in row]
         images = np.zeros((*masks.shape, size, size, 3), np.float32)
         if masks.all():
-            self.preprocess_frames(frames, out=images.reshape(-1, size, size, 3))
-        elif frames:
-            images[masks] = self.preprocess_frames(frames)
-        return images, masks
+            self.preprocess_frames(present, out=images.reshape(-1, size, size, 3))
+        elif present:
+            images[masks] = self.preprocess_frames(present)
+        return images
 
     def _tokens(self, read: list[Observation], state: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         in_prompt = self._pad(state) if self.pad_prompt_state else state

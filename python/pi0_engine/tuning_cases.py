@@ -58,9 +58,9 @@ class _Requests(Launcher):
         super().__init__(target, configs, execute=_nothing)
         self.asked: list[tuple[str, int, int, int]] = []
 
-    def config(self, op: str, *, rows: int, n: int, k: int) -> LaunchConfig:
+    def config(self, op: str, *, rows: int, n: int, k: int, dtype: torch.dtype | None = None) -> LaunchConfig:
         self.asked.append((op, rows, n, k))
-        return super().config(op, rows=rows, n=n, k=k)
+        return super().config(op, rows=rows, n=n, k=k, dtype=dtype)
 
 
 def find_cases(

@@ -6,14 +6,13 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from pi0_engine.commands.options import Dtype, print_json, show_progress, table
+from pi0_engine.commands.options import print_json, show_progress, table
 from pi0_engine.config import Pi0Config
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
-from pi0_engine.engine.runtime import resolve_dtype
 from pi0_engine.kernels.gpu.configs import LaunchConfigs, configs_for
 from pi0_engine.kernels.gpu.target import target_of
 from pi0_engine.tuning import Outcome, measured_rules, merge_rules, tune
@@ -41,7 +40,8 @@ class Tune:
     """Actions per chunk; the model's (50) where not given."""
     samples: int = 1
     """Candidate chunks from one prefix."""
-    dtype: Dtype = "auto"
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Rules are written for 16 bits; float32 gets smaller tiles of the same rules."""
     op: tuple[str, ...] = ()
     """Only these ops, as they are called in the file of launch configurations."""
     candidates: int = 24
@@ -67,7 +67,7 @@ class Tune:
         base, listed = configs_for(target.arch)
         if self.launch_configs:
             base = LaunchConfigs.load(Path(self.launch_configs))
-        dtype, _ = resolve_dtype(self.dtype, device)
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
         cases = select_cases(find_cases(*self._workload(), dtype, target, base), self.op)
         output = Path(self.output or f"launch_configs_sm_{target.arch}.json")
         outcomes: list[Outcome] = []
@@ -91,7 +91,7 @@ class Tune:
             "device": target.name,
             "arch": target.arch,
             "started_from": self.launch_configs or f"sm_{listed}",
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": self.dtype,
             "output": str(output),
             "cases": [describe(outcome) for outcome in outcomes],
         }
