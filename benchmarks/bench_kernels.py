@@ -24,8 +24,8 @@ from harness import clocks, describe_environment, measure_ceilings, result_path,
 from op_problems import Problem, problems
 from op_timing import REPLAYS, Contender, Timing, contenders, verify
 from pi0_engine.config import EngineConfig, Pi0Config
+from pi0_engine.engine.choices import choose_ops, resolve_device
 from pi0_engine.engine.plan import ShapePlan
-from pi0_engine.engine.runtime import choose_ops, resolve_device
 from pi0_engine.kernels.stream import Scratch
 from tables import kernels_table
 

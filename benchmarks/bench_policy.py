@@ -37,9 +37,10 @@ from op_problems import stage_floors
 from pi0_engine.benchmark import AGREEMENT, Workload, peak_memory
 from pi0_engine.cases import Difference
 from pi0_engine.config import EngineConfig, Pi0Config
+from pi0_engine.engine.choices import resolve_device
 from pi0_engine.engine.graph import summarize
 from pi0_engine.engine.plan import ShapePlan
-from pi0_engine.engine.runtime import Engine, resolve_device
+from pi0_engine.engine.runtime import Engine
 from pi0_engine.reference import Pi0Reference
 from tables import policy_table
 

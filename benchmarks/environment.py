@@ -9,7 +9,7 @@ import torch
 
 from harness import clocks, describe_environment, measure_ceilings
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.runtime import choose_ops
+from pi0_engine.engine.choices import choose_ops
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.kernels.gpu.configs import configs_for
 from pi0_engine.kernels.gpu.target import target_of

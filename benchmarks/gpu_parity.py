@@ -15,7 +15,8 @@ import torch
 
 from harness import DrawnWeights
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.runtime import Engine, resolve_device
+from pi0_engine.engine.choices import resolve_device
+from pi0_engine.engine.runtime import Engine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

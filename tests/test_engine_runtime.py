@@ -22,9 +22,9 @@ from models import (
     small_config,
 )
 from pi0_engine.config import EngineConfig, ModelType
-from pi0_engine.engine import runtime
+from pi0_engine.engine import choices, runtime
+from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.pipeline import STAGES
-from pi0_engine.engine.runtime import resolve_device, resolve_dtype
 from pi0_engine.images import FramePreprocessor
 
 PI0 = small_config("pi0")
@@ -252,7 +252,7 @@ def test_cuda_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_dtype_is_what_the_processor_computes(
     native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "cpu_computes_bfloat16", lambda: native)
+    monkeypatch.setattr(choices, "cpu_computes_bfloat16", lambda: native)
     dtype, reason = resolve_dtype("auto", torch.device("cpu"))
     assert dtype == expected
     assert reason == f"this processor has {'' if native else 'no '}bfloat16 instructions"

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from pi0_engine.cases import Difference, sample_reference
 from pi0_engine.config import CAMERA_SLOTS, EngineConfig, Pi0Config
-from pi0_engine.engine.runtime import Engine, resolve_device, resolve_dtype
+from pi0_engine.engine.choices import resolve_device, resolve_dtype
+from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import count_work, work_per_stage
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.gemm import arithmetic_dtype

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from pi0_engine.commands.options import Backend, Dtype, print_json
-from pi0_engine.engine.runtime import resolve_device, resolve_dtype
+from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.kernels.gemm import cpu_computes_bfloat16
 from pi0_engine.kernels.gpu.configs import configs_for

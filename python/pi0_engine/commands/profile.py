@@ -10,8 +10,9 @@ import tyro
 from pi0_engine.benchmark import Workload
 from pi0_engine.commands.options import Backend, Dtype, ModelOptions, print_json, show_progress, table
 from pi0_engine.config import EngineConfig
+from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.graph import summarize
-from pi0_engine.engine.runtime import Engine, resolve_device, resolve_dtype
+from pi0_engine.engine.runtime import Engine
 from pi0_engine.profiling import plan_of, profile, write_trace
 
 #: What the columns cannot say for themselves.

@@ -13,7 +13,8 @@ from pi0_engine.cases import Case, Difference, load_case, sample_reference
 from pi0_engine.checkpoint import Checkpoint
 from pi0_engine.commands.options import ModelOptions, print_json, show_progress
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.runtime import Engine, resolve_device
+from pi0_engine.engine.choices import resolve_device
+from pi0_engine.engine.runtime import Engine
 from pi0_engine.reference import Pi0Reference
 
 #: Relative L2 against openpi's float32 actions. float32: ours and openpi's JAX model are within 9e-6 of its PyTorch
