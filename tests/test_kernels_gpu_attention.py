@@ -13,7 +13,7 @@ from pi0_engine.kernels.gpu.configs import LaunchConfig
 from triton_ops import DTYPES, Problem, check_kernel, scratch, unset
 
 PLAIN = LaunchConfig(block_m=16, block_n=16, block_k=0, pdl=True)
-LARGE = LaunchConfig(block_m=64, block_n=64, block_k=0)
+LARGE = LaunchConfig(block_m=64, block_n=64, block_k=0, stages=2)
 SPLIT = LaunchConfig(block_m=32, block_n=16, block_k=0, splits=3, pdl=True)
 #: More parts than blocks of keys: most see none.
 EMPTY_PARTS = LaunchConfig(block_m=32, block_n=32, block_k=0, splits=5, ahead_bytes=1 << 16)
@@ -93,7 +93,7 @@ SUFFIXES = [
     (16, [5, 16, 11], 2, 16, 1, 2, 16, EMPTY_PARTS),
     (50, [50], 1, 33, 8, 1, 32, SPLIT),
     (65, [63, 2], 2, 10, 2, 1, 72, EMPTY_PARTS),
-    (40, [33], 1, 50, 8, 1, 256, LARGE),
+    (40, [33], 1, 50, 8, 1, 256, SPLIT),
     (64, None, 2, 64, 1, 1, 32, LARGE),
 ]
 

@@ -22,7 +22,7 @@ SPLIT = LaunchConfig(block_m=32, block_n=64, block_k=16, splits=3)
 EMPTY_PARTS = LaunchConfig(block_m=16, block_n=64, block_k=64, splits=5, pdl=True)
 TMA = LaunchConfig(block_m=32, block_n=64, block_k=32, tma=True)
 TMA_SPLIT = LaunchConfig(block_m=16, block_n=64, block_k=16, splits=2, tma=True, pdl=True)
-LARGE = LaunchConfig(block_m=64, block_n=128, block_k=64)
+LARGE = LaunchConfig(block_m=64, block_n=128, block_k=32)
 
 #: rows, columns, products: one row, one less and one more than a tile, several tiles each way; K of 72 and 588 is no
 #: multiple of any block, and rows of 36 float16 are no multiple of 16 bytes.

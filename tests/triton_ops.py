@@ -165,11 +165,6 @@ def check_kernel(
             if first.dtype == torch.float32 and not operands_rounded:
                 bound = min(bound, ACCUMULATION_BOUND)
             assert error <= bound, f"{part}: relative L2 {error:.2e} > {bound:.0e}"
-            worst[op, dtype] = max(worst.get((op, dtype), 0.0), error)
-
-
-#: Largest error that was seen, by op and dtype, for a report.
-worst: dict[tuple[str, torch.dtype], float] = {}
 
 
 def _each(value: Any, function: Any) -> Any:
