@@ -28,6 +28,8 @@ def check_free_memory(config: Pi0Config, dtype: torch.dtype, device: torch.devic
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
+    # What torch holds for later use is free to us as well.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     weights = weight_bytes(config, dtype)
     if weights + _WORKING_BYTES > free:
         raise MemoryError(

@@ -19,6 +19,8 @@ from pi0_engine.kernels.stream import Scratch, Stream, sum_blocks
 
 #: The stages in the order in which they run; a buffer lives from one of them to another, both included.
 VISION, PREFIX, FLOW = range(3)
+#: Kernels index with 32-bit integers.
+_MOST_ELEMENTS = 1 << 31
 #: Buffers start on this boundary: a cache line on CPUs, and what a GPU's 16-byte loads and TMA (128) ask for.
 ALIGNMENT = 256
 
@@ -157,8 +159,10 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
     actions, suffix = plan.action_rows, plan.suffix_rows
     frame_bytes, table_entries = plan.frames or (0, 0)
     return [
-        Buffer("pixels", (frame_bytes,), torch.uint8, VISION, VISION),
-        Buffer("table", (table_entries,), torch.int32, VISION, VISION),
+        # To the end, though nobody reads them after vision: a capture runs the kernel that follows the table's offsets,
+        # and must find the last valid one (or zeros) there, not another buffer's contents.
+        Buffer("pixels", (frame_bytes,), torch.uint8, VISION, FLOW),
+        Buffer("table", (table_entries,), torch.int32, VISION, FLOW),
         Buffer("patches", (image_tokens, vision.patch_dim), f32, VISION, VISION),
         *_stream_buffers("vision", image_tokens, vision.width, dtype, VISION, VISION, with_sums=True),
         Buffer("vision_qkv", (image_tokens, 3 * vision.width), dtype, VISION, VISION),
@@ -229,6 +233,12 @@ class Workspace:
     ) -> None:
         buffers = plan_buffers(config, plan, dtype)
         offsets, size = place_buffers(buffers)
+        longest = max(buffers, key=lambda b: math.prod(b.shape))
+        if math.prod(longest.shape) >= _MOST_ELEMENTS:
+            raise ValueError(
+                f"{plan.batch} observations with {plan.samples} samples each are too many at once: buffer "
+                f"{longest.name} has {math.prod(longest.shape)} elements, kernels count up to {_MOST_ELEMENTS - 1}"
+            )
         self.plan, self.scratch = plan, scratch
         self.arena = torch.zeros(size, dtype=torch.uint8, device=device)
         self._tensors = {

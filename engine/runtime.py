@@ -92,7 +92,7 @@ class Engine:
         inputs.validate(self.config)
         self._check_noise(noise, inputs.batch)
         plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps)
-        return self._run("infer", plan, inputs, noise)
+        return self._run("infer", self.session(plan), plan, inputs, noise)
 
     def observe(
         self, inputs: ModelInputs, *, samples: int = 1, horizon: int | None = None, num_steps: int | None = None
@@ -113,7 +113,7 @@ class Engine:
         """
         inputs.validate(self.config)
         plan = self._plan_of(inputs, samples, horizon, num_steps)
-        return self._run("observe", plan, inputs, None).seconds
+        return self._run("observe", self.session(plan), plan, inputs, None).seconds
 
     def sample(self, noise: Tensor) -> Inference:
         """The second half of ``infer``: chunks for what was observed last, as often as wanted.
@@ -133,7 +133,7 @@ class Engine:
             raise ValueError(
                 f"noise is {list(noise.shape)}, observed for {plan.samples} samples of horizon {plan.horizon}"
             )
-        return self._run("sample", dataclasses.replace(plan, num_steps=num_steps), None, noise)
+        return self._run("sample", session, dataclasses.replace(plan, num_steps=num_steps), None, noise)
 
     @property
     def takes_frames(self) -> bool:
@@ -211,7 +211,10 @@ class Engine:
         """
         if not self.use_graph:
             raise ValueError(f"this engine runs without CUDA graphs: device {self.device}, {self.engine_config}")
-        session, key = self.session(plan), (part, plan.num_steps)
+        return self._graph(self.session(plan), plan, part)
+
+    def _graph(self, session: Session, plan: ShapePlan, part: str) -> CapturedGraph:
+        key = part, plan.num_steps
         if key not in session.graphs:
             # The terms are kept with the graph: its kernels read them, whoever asks for other step counts meanwhile.
             steps = self.time_terms(plan.num_steps)
@@ -224,19 +227,21 @@ class Engine:
             log.debug("captured the graph %r of %s", part, plan)
         return session.graphs[key]
 
-    def _run(self, part: str, plan: ShapePlan, inputs: ModelInputs | None, noise: Tensor | None) -> Inference:
+    def _run(
+        self, part: str, session: Session, plan: ShapePlan, inputs: ModelInputs | None, noise: Tensor | None
+    ) -> Inference:
         """Load what is given, run the part, fetch the actions if there are any."""
         # Before the clock starts, so that a new shape is not timed as a stage.
         self.time_terms(plan.num_steps)
-        graph = self.graph(plan, part) if self.use_graph else None
-        session, clock = self.session(plan), _StageClock(self.device)
+        graph = self._graph(session, plan, part) if self.use_graph else None
+        clock = _StageClock(self.device)
         self._observed = None
         with torch.inference_mode(), _current(self.device):
             if inputs is not None:
                 session.load_observation(inputs, self._embed)
             if noise is not None:
                 session.load_noise(noise)
-            clock.lap("inputs")
+            clock.lap("inputs", wait=graph is None)
             if graph is None:
                 self._issue(part, session, plan, clock.lap)
             else:
@@ -300,15 +305,18 @@ def _no_lap(stage: str) -> None:
 
 
 class _StageClock:
-    """Wall time between laps; waits for the GPU at each, so that a lap is the stage's own time."""
+    """Wall time between laps; waits for the GPU at each, so that a lap is the stage's own time.
+
+    ``wait=False`` leaves the GPU at work: what it has not done yet counts in the next lap.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._device = device
         self._last = time.perf_counter()
 
-    def lap(self, stage: str) -> None:
-        if self._device.type == "cuda":
+    def lap(self, stage: str, *, wait: bool = True) -> None:
+        if wait and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.seconds[stage] = now - self._last

@@ -293,3 +293,15 @@ def test_rope_table_turns_as_the_reference_does() -> None:
     head_dim, positions = 16, torch.arange(900)
     ones = torch.cat([torch.ones(1, 1, 900, 8), torch.zeros(1, 1, 900, 8)], dim=-1)
     assert torch.equal(rope_table(900, head_dim), rope(ones, positions[None])[0, 0])
+
+
+def test_more_than_the_kernels_can_index_is_refused() -> None:
+    """168 observations of three cameras at full size: 168 * 784 rows of 16384 values are more than 2^31."""
+    config = Pi0Config("pi0")
+    plan = ShapePlan.of(config, views=[3] * 168, prompt_lengths=[16] * 168)
+    with pytest.raises(
+        ValueError, match=r"168 observations with 1 samples each are too many at once: buffer prefix_hidden"
+    ):
+        Workspace(
+            config, plan, torch.bfloat16, torch.device("meta"), Scratch.allocate(torch.device("meta"), needed=False)
+        )

@@ -269,3 +269,12 @@ def test_defaults() -> None:
     running = runtime.Engine(engine(PI0).time_terms._source)
     assert running.engine_config == EngineConfig()
     assert running.ops.choices and running.dtype_reason
+
+
+def test_sampling_uses_what_was_observed_whatever_ran_meanwhile() -> None:
+    """The buffers of the observation stay with it when other shapes push its plan out."""
+    running, inputs, noise = fresh_engine(PI0, max_plans=1), random_inputs(PI0), random_noise(PI0)
+    expected = running.infer(inputs, noise).actions
+    running.observe(inputs)
+    running.session(running.plan(views=[1], prompt_lengths=[2]))
+    assert torch.equal(running.sample(noise).actions, expected)

@@ -51,13 +51,18 @@ def test_verify_fails_beyond_the_tolerance(capsys: pytest.CaptureFixture[str]) -
     assert main([*VERIFY[:2], "1", *VERIFY[3:]]) == 1  # other weights
 
 
+def test_a_backend_that_cannot_run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the tests of the kernels set it
+    assert main([*VERIFY, "--backend", "triton"]) == 2
+    assert "backend 'triton' cannot run op" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["verify", "--random-weights", "0", "--config", "pi0", "--case", "absent.npz"], "no case file absent.npz"),
         (["verify", "--case", str(CASE)], "exactly one of --checkpoint and --random-weights"),
         (["verify", "--checkpoint", "nowhere/at/all", "--case", str(CASE)], "nowhere/at/all"),
-        ([*VERIFY, "--backend", "triton"], "backend 'triton' cannot run op"),
         ([*VERIFY, "--device", "cuda"], "sees no CUDA GPU"),
         ([*VERIFY, "--device", "toaster"], "'toaster'"),
         (["bench", "--config", "pi7"], "neither 'pi0', 'pi05' nor a file"),
