@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pi0_engine.benchmark import Workload, run_benchmark
-from pi0_engine.commands.options import Backend, Dtype, print_json, show_progress, table
+from pi0_engine.commands.options import Attention, Backend, Dtype, print_json, show_progress, table
 from pi0_engine.config import EngineConfig, Pi0Config
 
 
@@ -38,6 +38,10 @@ class Bench:
     """'auto' is bfloat16 where the processor computes it, else float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Backend = "auto"
+    attention: Attention = "auto"
+    """Of vision and prefix, where it is to be another implementation than the backend's: flash_attn, for one."""
+    cuda_graph: bool = True
+    """On a GPU: replay one graph. Without it (--no-cuda-graph) every stage is timed by itself."""
     launch_configs: str | None = None
     """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
     baseline: Literal["reference"] | None = None
@@ -60,7 +64,12 @@ class Bench:
             seed=self.random_weights,
         )
         engine = EngineConfig(
-            device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
+            device=self.device,
+            dtype=self.dtype,
+            backend=self.backend,
+            attention=self.attention,
+            use_cuda_graph=self.cuda_graph,
+            launch_configs=self.launch_configs,
         )
         report = run_benchmark(
             work,

@@ -11,9 +11,10 @@ import torch
 import tyro
 
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
-from pi0_engine.config import BackendName, DtypeName, Pi0Config
+from pi0_engine.config import AttentionName, BackendName, DtypeName, Pi0Config
 from pi0_engine.random_weights import RandomCheckpoint
 
+Attention = AttentionName
 Backend = BackendName
 Dtype = DtypeName
 
