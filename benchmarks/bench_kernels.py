@@ -10,6 +10,7 @@ none is found in L2; activations are warm, as right after the op that wrote them
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -20,17 +21,22 @@ from typing import Any
 import pytest
 import torch
 
-from harness import clocks, describe_environment, measure_ceilings, result_path, write_json
-from op_problems import Problem, problems
-from op_timing import REPLAYS, Contender, Timing, contenders, verify
+from contenders import Contender, contenders
+from harness import clocks, describe_environment, result_path, write_json
+from pi0_engine.benchmark import measure_ceilings
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.engine.choices import choose_ops, resolve_device
-from pi0_engine.engine.plan import ShapePlan
+from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
+from pi0_engine.kernels.registry import all_ops
 from pi0_engine.kernels.stream import Scratch
+from pi0_engine.op_calls import Arguments, OpCall, distinct, fill, record_op_calls, repeated, verify
+from pi0_engine.timing import as_one, l2_bytes, run_seconds
 from tables import kernels_table
 
-#: As the engine rounds prompts on a GPU.
-_BUCKET = 16
+#: Calls in one captured graph at least: enough that its start does not count.
+_CALLS = 16
+#: Measured replays of that graph.
+_REPLAYS = 15
 #: These wait for other programs of the same launch, so that a mistake may hang: last, when all else is reported.
 _LAST = ("rmsnorm_mlp_residual",)
 
@@ -50,46 +56,77 @@ class Bench:
         self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
         self.ceilings: dict[str, float] = {}
 
-    def problems(self) -> list[Problem]:
-        """Of all view counts, each once; those that may hang last."""
-        found: dict[str, Problem] = {}
+    def problems(self) -> dict[str, tuple[OpCall, int]]:
+        """Of all view counts, each once by its label, with how often it is called; those that may hang last."""
+        found: dict[str, tuple[OpCall, int]] = {}
         for views in self.views:
-            bucket = _BUCKET if self.device.type == "cuda" else 1
+            bucket = GPU_PROMPT_BUCKET if self.device.type == "cuda" else 1
             plan = ShapePlan.of(self.config, views=[views], prompt_lengths=[self.prompt_tokens], prompt_bucket=bucket)
-            for problem in problems(self.config, plan, self.dtype, prompt=self.prompt_tokens):
-                found.setdefault(problem.name, problem)
-        return sorted(found.values(), key=lambda p: p.op.name in _LAST)
+            for call, count in distinct(
+                record_op_calls(self.config, plan, self.dtype, prompt_tokens=self.prompt_tokens)
+            ):
+                found.setdefault(call.label, (call, count))
+        return dict(sorted(found.items(), key=lambda item: item[1][0].op in _LAST))
 
-    def measure(self, problem: Problem) -> dict[str, Any]:
-        """Verify every contender, then time it; a failing one says why and the next still runs."""
+    def fill(self, call: OpCall) -> Arguments:
+        return fill(call, self.device, self.scratch)
+
+    def contenders(self, call: OpCall) -> list[Contender]:
+        return contenders(call, self.device, self.ops.launcher)
+
+    def floor_seconds(self, call: OpCall) -> float:
         self.ceilings = self.ceilings or measure_ceilings(self.dtype, self.device)
-        cost = problem.cost
-        floor = max(cost.flops / self.ceilings["flops_per_s"], cost.bytes / self.ceilings["bytes_per_s"])
+        cost = call.call.cost
+        return max(cost.flops / self.ceilings["flops_per_s"], cost.bytes / self.ceilings["bytes_per_s"])
+
+    def measure(self, call: OpCall, count: int) -> dict[str, Any]:
+        """Verify every contender, then time it; a failing one says why and the next still runs."""
         row: dict[str, Any] = {
-            "op": problem.name,
-            "stage": problem.stage,
-            "calls": problem.calls,
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "floor_us": 1e6 * floor,
+            "op": call.label,
+            "stage": call.call.stage,
+            "calls": count,
+            "flops": call.call.cost.flops,
+            "bytes": call.call.cost.bytes,
+            "floor_us": 1e6 * self.floor_seconds(call),
             "implementations": {},
         }
-        arguments = problem.materialize(self.device, self.scratch)
-        for contender in contenders(problem, self.device, self.ops.launcher):
+        arguments = self.fill(call)
+        for contender in self.contenders(call):
             try:
-                row["implementations"][contender.name] = self._time(problem, contender, arguments)
+                row["implementations"][contender.name] = self._time(call, contender, arguments)
             except Exception as error:
                 row["implementations"][contender.name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
         return row
 
-    def _time(self, problem: Problem, contender: Contender, arguments: dict[str, Any]) -> dict[str, float]:
-        out = {"rel_l2": verify(problem, contender.function, arguments)} if contender.whole else {}  # type: ignore[arg-type]
+    def _time(self, call: OpCall, contender: Contender, arguments: Arguments) -> dict[str, float]:
+        out = {"rel_l2": verify(call, contender.function, arguments)} if contender.whole else {}
         return {**out, "us": Timing(contender, arguments, self.device).microseconds()}
 
-    def check(self, problem: Problem) -> float:
+    def check(self, call: OpCall) -> float:
         """Our implementation verified once, nothing timed."""
-        ours = contenders(problem, self.device, self.ops.launcher)[0]
-        return verify(problem, ours.function, problem.materialize(self.device, self.scratch))  # type: ignore[arg-type]
+        return verify(call, self.contenders(call)[0].function, self.fill(call))
+
+
+class Timing:
+    """Cold calls of an implementation: on a GPU a captured graph of them, else one call after the other.
+
+    Attributes:
+        calls: in one :meth:`run`.
+    """
+
+    def __init__(self, contender: Contender, arguments: Arguments, device: torch.device) -> None:
+        calls = repeated(contender.function, arguments, _CALLS, l2_bytes(device))
+        self.calls, self._device, self._run = len(calls), device, as_one(calls, device)
+
+    def run(self) -> None:
+        """All calls, and wait for them."""
+        self._run()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def microseconds(self) -> float:
+        """Per call: the median over replays, by the GPU's events."""
+        return 1e6 * statistics.median(run_seconds(self._run, self._device, _REPLAYS, warmup=3)) / self.calls
 
 
 @pytest.fixture(scope="module")
@@ -111,32 +148,33 @@ def bench_of(config: pytest.Config) -> Bench:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = bench_of(metafunc.config).problems()
-    device = metafunc.config.getoption("--kernels-device")
-    names = {p.name: ["torch"] if device == "cpu" else [*p.op.implementations, "torch", "library"] for p in found}
-    pairs = [(problem, name) for problem in found for name in names[problem.name]]
-    metafunc.parametrize(("problem", "implementation"), pairs, ids=[f"{p.name}-{name}" for p, name in pairs])
+    on_cpu = metafunc.config.getoption("--kernels-device") == "cpu"
+    pairs = [
+        (label, name)
+        for label, (call, _) in found.items()
+        for name in (["torch"] if on_cpu else [*all_ops()[call.op].implementations, "torch", "library"])
+    ]
+    metafunc.parametrize(("label", "implementation"), pairs, ids=[f"{label}-{name}" for label, name in pairs])
 
 
-def test_op(benchmark: Any, bench: Bench, problem: Problem, implementation: str) -> None:
-    found = {c.name: c for c in contenders(problem, bench.device, bench.ops.launcher)}
+def test_op(benchmark: Any, bench: Bench, label: str, implementation: str) -> None:
+    call, _ = bench.problems()[label]
+    found = {contender.name: contender for contender in bench.contenders(call)}
     if implementation not in found:
-        pytest.skip(f"{implementation} cannot run {problem.op.name} here")
-    arguments = problem.materialize(bench.device, bench.scratch)
-    contender = found[implementation]
-    benchmark.group = problem.name
+        pytest.skip(f"{implementation} cannot run {call.op} here")
+    arguments, contender = bench.fill(call), found[implementation]
+    benchmark.group = label
     if contender.whole:
-        benchmark.extra_info["rel_l2"] = verify(problem, contender.function, arguments)  # type: ignore[arg-type]
-    bench.ceilings = bench.ceilings or measure_ceilings(bench.dtype, bench.device)
-    cost, timing = problem.cost, Timing(contender, arguments, bench.device)
-    floor = max(cost.flops / bench.ceilings["flops_per_s"], cost.bytes / bench.ceilings["bytes_per_s"])
+        benchmark.extra_info["rel_l2"] = verify(call, contender.function, arguments)
+    floor, cost, timing = bench.floor_seconds(call), call.call.cost, Timing(contender, arguments, bench.device)
     benchmark.extra_info.update(calls=timing.calls, flops=cost.flops, bytes=cost.bytes, floor_ms=1e3 * floor)
-    if timing.on_gpu:
+    if bench.device.type == "cuda":
         us = timing.microseconds()
         benchmark.extra_info.update(us_per_call=us, percent_of_floor=1e8 * floor / us)
         if implementation != "torch":
             baseline = Timing(found["torch"], arguments, bench.device).microseconds()
             benchmark.extra_info["torch_over_this"] = baseline / us
-    benchmark.pedantic(timing.run, rounds=REPLAYS, warmup_rounds=1)
+    benchmark.pedantic(timing.run, rounds=_REPLAYS, warmup_rounds=1)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -164,22 +202,23 @@ def main() -> int:
         arguments.prompt_tokens,
     )
     first, step = (int(word) for word in arguments.slice.split("/"))
-    chosen = [p for p in bench.problems() if any(word in p.name for word in arguments.only)][first::step]
-    return _check(bench, chosen) if arguments.check else _measure(bench, chosen, arguments.output)
+    found = bench.problems()
+    chosen = [found[label] for label in found if any(word in label for word in arguments.only)][first::step]
+    return _check(bench, [call for call, _ in chosen]) if arguments.check else _measure(bench, chosen, arguments.output)
 
 
-def _check(bench: Bench, chosen: list[Problem]) -> int:
+def _check(bench: Bench, chosen: list[OpCall]) -> int:
     failures: list[str] = []
-    for number, problem in enumerate(chosen):
-        print(f"{problem.name}: ", end="", flush=True)
+    for number, call in enumerate(chosen):
+        print(f"{call.label}: ", end="", flush=True)
         started = time.perf_counter()
         try:
-            print(f"relative L2 {bench.check(problem):.1e}, {time.perf_counter() - started:.1f} s", flush=True)
+            print(f"relative L2 {bench.check(call):.1e}, {time.perf_counter() - started:.1f} s", flush=True)
         except Exception as error:
             print(f"FAILED {type(error).__name__}: {str(error)[:2000]}", flush=True)
-            failures.append(f"{problem.name}: {type(error).__name__}: {str(error)[:150]}")
+            failures.append(f"{call.label}: {type(error).__name__}: {str(error)[:150]}")
             if _is_lost(bench.device):
-                failures += [f"{left.name}: not run" for left in chosen[number + 1 :]]
+                failures += [f"{left.label}: not run" for left in chosen[number + 1 :]]
                 break
     print("\n".join(failures))
     print(f"{len(chosen) - len(failures)} of {len(chosen)} ops right")
@@ -198,7 +237,7 @@ def _is_lost(device: torch.device) -> bool:
     return False
 
 
-def _measure(bench: Bench, chosen: list[Problem], output: Path | None) -> int:
+def _measure(bench: Bench, chosen: list[tuple[OpCall, int]], output: Path | None) -> int:
     if bench.device.type != "cuda":
         raise ValueError("kernels are timed on a CUDA GPU; --check works without one")
     path = result_path(output, bench.device, bench.config.model_type, bench.dtype, "_kernels") if output else None
@@ -212,9 +251,9 @@ def _measure(bench: Bench, chosen: list[Problem], output: Path | None) -> int:
         "clocks_before": clocks(),
         "ops": [],
     }
-    for problem in chosen:
-        print(problem.name, flush=True)  # before it runs: the last line tells which one hangs
-        row = bench.measure(problem)
+    for call, count in chosen:
+        print(call.label, flush=True)  # before it runs: the last line tells which one hangs
+        row = bench.measure(call, count)
         report["ops"].append(row)
         for name, entry in row["implementations"].items():
             if "error" in entry:

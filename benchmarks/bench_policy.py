@@ -23,18 +23,9 @@ import torch
 from torch import Tensor
 
 from baseline import Baseline, compile_counters, wall_times
-from harness import (
-    DrawnWeights,
-    clocks,
-    describe_environment,
-    measure_ceilings,
-    quantiles,
-    replay_times,
-    result_path,
-    write_json,
-)
-from op_problems import stage_floors
-from pi0_engine.benchmark import AGREEMENT, Workload, peak_memory
+from floors import stage_floors
+from harness import DrawnWeights, clocks, describe_environment, quantiles, result_path, write_json
+from pi0_engine.benchmark import AGREEMENT, Workload, measure_ceilings, peak_memory
 from pi0_engine.cases import Difference
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.engine.choices import resolve_device
@@ -42,6 +33,7 @@ from pi0_engine.engine.graph import summarize
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.reference import Pi0Reference
+from pi0_engine.timing import run_seconds
 from tables import policy_table
 
 PARTS = ("engine", "eager", "compiled")
@@ -172,7 +164,10 @@ class PolicyBench:
         start = noise.flatten(0, 2).to(actions.device)
         replay = engine.graph(plan, part).replay
         with torch.inference_mode():
-            return quantiles(replay_times(replay, self.options.replays, before=lambda: actions.copy_(start)))
+            seconds = run_seconds(
+                replay, self.device, self.options.replays, before=lambda: actions.copy_(start), warmup=3
+            )
+        return quantiles([1e3 * each for each in seconds])
 
     def _plan(self, engine: Engine | None, views: int) -> ShapePlan:
         """As the engine pads it; without one, exactly the valid tokens."""
@@ -248,7 +243,7 @@ class PolicyBench:
     def _verify(self, row: dict[str, Any], what: str, actual: Tensor, expected: Tensor) -> None:
         """Note the difference; too large a one ends the measurement unless it was asked for even then."""
         difference = Difference.between(actual, expected)
-        bound = AGREEMENT.get(self.dtype, AGREEMENT[torch.bfloat16])
+        bound = AGREEMENT[self.dtype]
         row.update(rel_l2=difference.rel_l2, verified=bool(difference.rel_l2 <= bound))
         if not row["verified"]:
             message = f"{what}: relative L2 {difference.rel_l2:.2e} to the reference, expected <= {bound:.0e}"

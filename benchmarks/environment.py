@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from harness import clocks, describe_environment, measure_ceilings
+from harness import clocks, describe_environment
+from pi0_engine.benchmark import measure_ceilings
 from pi0_engine.config import EngineConfig
 from pi0_engine.engine.choices import choose_ops
 from pi0_engine.images import FramePreprocessor

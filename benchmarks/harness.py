@@ -1,7 +1,4 @@
-"""Shared by the benchmarks: weights drawn on all cores, GPU timing through captured graphs, what was measured on what.
-
-Nothing here is timed before it was verified by its caller; timings of a GPU are taken with its own events.
-"""
+"""Shared by the benchmarks: weights drawn on all cores, quantiles, files of results, what was measured on what."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
@@ -24,8 +21,8 @@ from torch import Tensor
 
 from pi0_engine import benchmark
 from pi0_engine.config import Pi0Config
-from pi0_engine.engine.graph import CapturedGraph
 from pi0_engine.random_weights import RandomCheckpoint
+from pi0_engine.timing import l2_bytes
 
 RESULTS = Path(__file__).parent / "results"
 #: Where the files are that a commit is asked for.
@@ -59,59 +56,10 @@ class DrawnWeights:
         return self._tensors[name]
 
 
-def replay_times(
-    replay: Callable[[], object], count: int, *, before: Callable[[], object] | None = None, warmup: int = 3
-) -> list[float]:
-    """Milliseconds of each of ``count`` calls that enqueue work on the current stream, by CUDA events.
-
-    ``before`` enqueues what each call needs and is not timed.
-    """
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + count)]
-    for start, end in pairs:
-        if before is not None:
-            before()
-        start.record()
-        replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs[warmup:]]
-
-
-def capture(calls: Sequence[Callable[[], None]]) -> CapturedGraph:
-    """One graph of all calls in order; each runs once before, so nothing is compiled under capture."""
-
-    def issue() -> None:
-        for call in calls:
-            call()
-
-    with torch.inference_mode():
-        return CapturedGraph(issue, calls)
-
-
 def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:
     """p50, p99 and how many."""
     p50, p99 = (float(np.quantile(milliseconds, q)) for q in (0.5, 0.99))
     return {"p50_ms": p50, "p99_ms": p99, "runs": len(milliseconds)}
-
-
-def l2_bytes(device: torch.device) -> int:
-    """The GPU's last cache; 64 MiB where torch does not say."""
-    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
-
-
-def measure_ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The machine at its best on random data: FLOP/s of a large product, bytes/s of a large copy (read and written)."""
-    if device.type != "cuda":
-        return benchmark.measure_ceilings(dtype, device)
-    size = 8192 if dtype.itemsize == 2 else 4096
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    free, _ = torch.cuda.mem_get_info(device)
-    big = torch.randn(min(512 << 20, free // 16), device=device)
-    other = torch.empty_like(big)
-    product_ms = float(np.median(replay_times(lambda: torch.mm(a, b, out=out), 20)))
-    copy_ms = float(np.median(replay_times(lambda: other.copy_(big), 20)))
-    return {"flops_per_s": 2e3 * size**3 / product_ms, "bytes_per_s": 2e3 * big.numel() * 4 / copy_ms}
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

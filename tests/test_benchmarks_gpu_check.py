@@ -53,9 +53,43 @@ def test_profiled_ops_exist() -> None:
     options = bench_kernels.parse(["--views", "2"])
     config = bench_kernels.Pi0Config.load(options.config)
     bench = bench_kernels.Bench(config, torch.bfloat16, torch.device("cpu"), (2,), 32)
-    names = [problem.name for problem in bench.problems()]
+    labels = list(bench.problems())
     for wanted in gpu_check._PROFILED:
-        assert any(wanted in name for name in names), f"{wanted} is not in {names}"
+        assert any(wanted in label for label in labels), f"{wanted} is not in {labels}"
+
+
+#: What `make gpu` does without.
+_NOT_NEEDED = ("tyro", "hypothesis", "matplotlib", "huggingface_hub", "sentencepiece", "tokenizers", "transformers")
+
+
+def without(tmp_path: Path) -> dict[str, str]:
+    """An environment in which none of them can be imported."""
+    lines = [f"sys.modules[{name!r}] = None" for name in _NOT_NEEDED]
+    (tmp_path / "sitecustomize.py").write_text("\n".join(["import sys", *lines]))
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+def test_scripts_need_few_packages(tmp_path: Path) -> None:
+    scripts = "bench_kernels, bench_policy, environment, gpu_check, gpu_parity, plot_results, tables"
+    code = f"import sys; sys.path.insert(0, 'benchmarks'); import {scripts}; assert sys.modules['tyro'] is None"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=without(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gpu_tests_need_few_packages(tmp_path: Path) -> None:
+    files = [
+        word
+        for part in gpu_check.checks(tmp_path)
+        for command in part.commands
+        for word in command
+        if word.startswith("tests/")
+    ]
+    assert len(files) > 5
+    options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    done = subprocess.run(command, cwd=ROOT, env=without(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_checkout_as_a_package(tmp_path: Path) -> None:

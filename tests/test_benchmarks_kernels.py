@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,37 +14,31 @@ import pytest
 import torch
 
 import bench_kernels
-import op_timing
 import tables
+from contenders import contenders
+from floors import stage_floors
 from models import MODEL_TYPES, small_config
-from op_problems import Problem, problems, stage_floors
-from op_timing import Contender, cold_calls, verify
 from pi0_engine.config import ModelType, Pi0Config
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.trace import count_work
-from pi0_engine.kernels.stream import Scratch
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
-def small_problems(model_type: ModelType = "pi0", dtype: torch.dtype = torch.float32) -> dict[str, Problem]:
-    config = small_config(model_type)
-    plan = ShapePlan.of(config, views=[2], prompt_lengths=[5])
-    return {problem.name: problem for problem in problems(config, plan, dtype, prompt=5)}
-
-
-def arguments_of(problem: Problem) -> dict[str, Any]:
-    return problem.materialize(CPU, Scratch.allocate(CPU, needed=False))
+def small_bench(model_type: ModelType = "pi0", views: tuple[int, ...] = (2,)) -> bench_kernels.Bench:
+    return bench_kernels.Bench(small_config(model_type), torch.float32, CPU, views, 5)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_problems_are_the_calls_of_an_inference(model_type: ModelType) -> None:
     config = Pi0Config(model_type)
+    bench = bench_kernels.Bench(config, torch.bfloat16, CPU, (2,), 20)
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[20])
-    found, calls = problems(config, plan, torch.bfloat16, prompt=20), count_work(config, plan, torch.bfloat16)
-    assert sum(problem.calls for problem in found) == len(calls)
-    assert sum(p.calls * p.cost.flops for p in found) == sum(call.cost.flops for call in calls)
+    labels = {call.label for call, _ in bench.problems().values()}
+    assert labels == set(bench.problems())
+    calls = count_work(config, plan, torch.bfloat16)
+    assert {call.op for call, _ in bench.problems().values()} == {call.op for call in calls}
 
 
 def test_floors_of_full_size_pi0() -> None:
@@ -55,51 +50,26 @@ def test_floors_of_full_size_pi0() -> None:
     assert {name: row["floor_ms"] for name, row in floors.items()} == pytest.approx(expected, abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_meaning_passes_its_verification(model_type: ModelType, dtype: torch.dtype) -> None:
-    for name, problem in small_problems(model_type, dtype).items():
-        error = verify(problem, problem.op.meaning, arguments_of(problem))
-        assert error < op_timing.AGREEMENT[dtype], name
+LABELS = ["linear_residual 8x36x36", "vision_attention 2x4 q, 4 k", "prefix_attention 1x13 q, 13 k"]
 
 
-@pytest.mark.parametrize("name", ["linear_residual 8x36x36", "vision_attention 2x4x36", "rmsnorm_qkv_rope 13x40x96"])
-def test_verification_catches_what_is_wrong(name: str) -> None:
-    problem = small_problems()[name]
-    with pytest.raises(ValueError, match="off by"):
-        verify(problem, lambda **arguments: None, arguments_of(problem))
-
-    def slightly_off(**arguments: Any) -> None:
-        problem.op.meaning(**arguments)
-        target = arguments[problem.outputs[0]]
-        (target.x if hasattr(target, "x") else target).mul_(1.01)
-
-    with pytest.raises(ValueError, match="off by"):
-        verify(problem, slightly_off, arguments_of(problem))
-
-
-def test_cold_calls_take_other_weights_each_time() -> None:
-    problem = small_problems()["linear_residual 8x36x36"]
-    arguments = arguments_of(problem)
-    weight_bytes = arguments["weight"].numel() * 4
-    calls = cold_calls(Contender("torch", problem.op.meaning), arguments, cache_bytes=20 * weight_bytes)
-    used = [call.keywords["weight"].data_ptr() for call in calls]
-    assert len(calls) == len(set(used)) == 40
-    assert len({call.keywords["x"].data_ptr() for call in calls}) == 1
-
-
-def test_cold_calls_of_an_op_without_weights() -> None:
-    problem = small_problems()["vision_attention 2x4x36"]
-    assert len(cold_calls(Contender("torch", problem.op.meaning), arguments_of(problem), 1 << 20)) == 16
-
-
-@pytest.mark.parametrize("name", ["linear_residual 8x36x36", "vision_attention 2x4x36", "prefix_attention 1x13x64"])
-def test_the_bare_library_call_runs(name: str) -> None:
-    problem = small_problems()[name]
-    library = next(c for c in op_timing.contenders(problem, CPU, None) if c.name == "library")
+@pytest.mark.parametrize("label", LABELS)
+def test_the_bare_library_call_runs(label: str) -> None:
+    bench = small_bench()
+    call, _ = bench.problems()[label]
+    library = next(c for c in contenders(call, CPU, None) if c.name == "library")
     with torch.inference_mode():
-        result = library.function(**arguments_of(problem))
+        result = library.function(**bench.fill(call))
     assert isinstance(result, torch.Tensor) and bool(torch.isfinite(result).all())
+
+
+def test_an_op_is_verified_and_timed() -> None:
+    bench = small_bench()
+    bench.ceilings = {"flops_per_s": 1e11, "bytes_per_s": 1e10}
+    row = bench.measure(*bench.problems()["linear_residual 8x36x36"])
+    assert row["implementations"]["torch"]["rel_l2"] < 1e-5 and row["implementations"]["torch"]["us"] > 0
+    assert list(row["implementations"]["library"]) == ["us"]
+    assert row["calls"] > 1 and row["floor_us"] > 0
 
 
 def test_a_table_of_kernels() -> None:
@@ -114,13 +84,12 @@ def test_a_table_of_kernels() -> None:
     assert "error" in second
 
 
-def test_ops_are_checked_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = small_config("pi0")
-    bench = bench_kernels.Bench(config, torch.float32, CPU, (1, 2), 5)
-    chosen = bench.problems()
-    assert chosen[-1].op.name == "rmsnorm_mlp_residual"
-    broken = Problem("flow", chosen[0].op, {}, 1, 5)
-    object.__setattr__(broken, "arguments", {**chosen[0].arguments, "weight": torch.empty(1, 1, device="meta")})
+def test_ops_are_checked_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = small_bench(views=(1, 2))
+    chosen = [call for call, _ in bench.problems().values()]
+    assert chosen[-1].op == "rmsnorm_mlp_residual"
+    wrong: dict[str, Any] = {**chosen[0].arguments, "weight": torch.empty(1, 1, device="meta")}
+    broken = dataclasses.replace(chosen[0], arguments=wrong)
     assert bench_kernels._check(bench, [broken, *chosen]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out

@@ -97,6 +97,13 @@ def test_a_damaged_case_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "broken.npz is not an .npz file" in errors and "it has no in_tokens" in errors
 
 
+def test_bench_in_float16_has_no_baseline(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--config", "pi0", "--dtype", "float16", "--baseline", "reference"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "the reference runs in float32 or bfloat16, not in float16" in captured.err
+
+
 def test_bench_reports_stages_floor_baseline_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "bench.png"
     arguments = ["bench", "--config", str(DATA / "pi0_tiny.json"), "--random-weights", "3", "--views", "2"]

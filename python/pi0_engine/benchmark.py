@@ -28,10 +28,10 @@ from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.gemm import arithmetic_dtype
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import Pi0Reference
-from pi0_engine.timing import call_seconds
+from pi0_engine.timing import run_seconds
 
 #: Engine against reference before anything is timed, relative L2: exact algebra in float32; in bfloat16 two
-#: independent roundings, each up to 0.01 from float32 (docs/parity.md).
+#: independent roundings, each up to 0.01 from float32 (docs/parity.md). The reference knows no other dtype.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
@@ -87,6 +87,9 @@ def run_benchmark(
     if runs < 1:
         raise ValueError(f"runs is {runs}, expected at least 1")
     dtype, _ = resolve_dtype(engine_config.dtype, resolve_device(engine_config.device))
+    if baseline and dtype not in AGREEMENT:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the reference runs in float32 or bfloat16, not in {name}: there is no baseline for it")
     # Stored in the dtype that runs, as deployed checkpoints are: the embedding table is not twice as big then.
     engine = Engine(RandomCheckpoint(work.config, work.seed, dtype), engine_config, progress=progress)
     inputs, noise = work.inputs()
@@ -179,19 +182,33 @@ def _measure_reference(
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """What this machine does at best: FLOP/s of a large matrix product, bytes/s of a large copy (read and write).
 
-    Of random numbers: products of zeros or ones take less power, so that a GPU runs them faster.
+    Of random numbers: products of zeros or ones take less power, so that a GPU runs them faster. The fastest of some
+    runs counts, which makes floors lower, never higher.
     """
-    n = 8192 if device.type == "cuda" else 4096  # a GPU's product of 1024 rows would be over before it is under way
-    rows = n if device.type == "cuda" else 1024
+    repeats, warmup = (20, 3) if device.type == "cuda" else (5, 1)
+    rows, n, elements = _ceiling_sizes(dtype, device)
     a = torch.randn(rows, n, device=device).to(dtype)
     a = a.to(arithmetic_dtype(a))
     b = torch.randn(n, n, device=device).to(a.dtype)
     product = a.new_empty(rows, n)
-    gemm_s = min(call_seconds([lambda: torch.matmul(a, b, out=product)], device, repeats=5))
-    big = torch.rand(64 << 20, dtype=torch.float32, device=device)
+    big = torch.randn(elements, device=device)
     other = torch.empty_like(big)
-    copy_s = min(call_seconds([lambda: other.copy_(big)], device, repeats=5))
+    with torch.inference_mode():
+        gemm_s = min(run_seconds(lambda: torch.matmul(a, b, out=product), device, repeats, warmup=warmup))
+        copy_s = min(run_seconds(lambda: other.copy_(big), device, repeats, warmup=warmup))
     return {"flops_per_s": 2 * rows * n * n / gemm_s, "bytes_per_s": 2 * big.numel() * 4 / copy_s}
+
+
+def _ceiling_sizes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
+    """Rows and width of the product, elements of the copy: on a GPU large, but of its free memory an eighth each."""
+    if device.type != "cuda":
+        return 1024, 4096, 64 << 20
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it for later use
+    n = 8192 if dtype.itemsize == 2 else 4096
+    while n > 1024 and 4 * n * n * 4 > free // 8:  # float32 random numbers, and three matrices
+        n //= 2
+    return n, n, min(512 << 20, free // 64)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """The op calls of an inference as things to run on their own: recorded without data, filled with random numbers.
 
-What a kernel is timed or checked with has the shapes, dtypes and options of the real call, and never zeros or ones.
+What a kernel is timed or checked with has the shapes, dtypes and options of the real call, and never zeros or ones. It
+is checked against the op's meaning in float64, and timed with what an inference reads from memory cold in the caches.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +17,43 @@ import torch
 from torch import Tensor
 
 from pi0_engine.config import Pi0Config
-from pi0_engine.engine.plan import ShapePlan
+from pi0_engine.engine.plan import ShapePlan, rope_table
 from pi0_engine.engine.trace import Call, TracingOps, run_on_meta
-from pi0_engine.kernels.registry import OpFunction, Ops, all_ops
+from pi0_engine.kernels.registry import OpFunction, Ops, all_ops, nbytes
 from pi0_engine.kernels.stream import Scratch, Stream
 
-#: Arguments that are weights: another one in every layer.
-WEIGHTS = ("weight", "gate_up", "down", "ahead")
+#: Largest relative L2 difference of an output from the op's meaning in float64: some roundings to the dtype.
+AGREEMENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-#: Sets of weights at most.
-_MOST_COPIES = 64
+#: Arguments that are weights: another one in every layer.
+WEIGHTS = ("weight", "gate_up", "down")
+#: Arguments that nothing wrote just before: weights, those that an attention kernel brings into L2 for the op behind,
+#: and the prefix's keys and values in the flow loop. They come from memory; everything else is still in a cache.
+COLD = (*WEIGHTS, "ahead", "position", "prefix_k", "prefix_v")
+
+#: Keyword arguments that are working memory, and those that an op reads as well as writes.
+_WORKING = ("scratch", "hidden")
+_UPDATED = ("residual", "actions")
+#: Factors, which are around 1.
+_FACTORS = ("scale", "gate", "next_scale")
+#: Copies of a cold argument at most.
+_MOST_COPIES = 512
 
 Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class OpCall:
-    """One op call. ``arguments`` by name hold tensors of torch's "meta" device: shapes without contents."""
+    """One op call.
+
+    Attributes:
+        arguments: by name; tensors are on torch's "meta" device: shapes without contents.
+        valid_rows: of an observation's prefix; the others are padding.
+    """
 
     call: Call
     arguments: Arguments
+    valid_rows: int
 
     @property
     def op(self) -> str:
@@ -47,9 +65,14 @@ class OpCall:
         return (self.call.op, self.call.shapes)
 
     @property
+    def label(self) -> str:
+        """Op and shape, as people tell calls apart."""
+        return f"{self.op} {self.shape}"
+
+    @property
     def weight_bytes(self) -> int:
-        tensors = [self.arguments[name] for name in WEIGHTS if isinstance(self.arguments.get(name), Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes that come from memory in every call, because much else was read since the last one."""
+        return nbytes(*(self.arguments.get(name) for name in WEIGHTS))
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -82,8 +105,13 @@ class OpCall:
         return "x".join(str(size) for size in tensor.shape)
 
 
-def record_op_calls(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list[OpCall]:
-    """Every op call of one inference of these lengths, in order."""
+def record_op_calls(
+    config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, *, prompt_tokens: int | None = None
+) -> list[OpCall]:
+    """Every op call of one inference of these lengths, in order.
+
+    ``prompt_tokens`` are the valid ones among the plan's rows for prompts; all rows where not given.
+    """
     kept: list[Arguments] = []
 
     def keep(name: str) -> OpFunction:
@@ -92,70 +120,95 @@ def record_op_calls(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> l
 
     tracer = TracingOps(Ops({name: keep(name) for name in all_ops()}, ()))
     run_on_meta(tracer, config, plan, dtype, tracer.lap)
-    return [OpCall(call, arguments) for call, arguments in zip(tracer.calls, kept, strict=True)]
+    valid_rows = plan.prefix if prompt_tokens is None else min(plan.image_rows) + prompt_tokens
+    return [OpCall(call, arguments, valid_rows) for call, arguments in zip(tracer.calls, kept, strict=True)]
+
+
+def distinct(calls: Iterable[OpCall]) -> list[tuple[OpCall, int]]:
+    """The first of each kind of call, and how many there are of it."""
+    found: dict[tuple[Any, ...], tuple[OpCall, int]] = {}
+    for call in calls:
+        first, count = found.get(call.key, (call, 0))
+        found[call.key] = first, count + 1
+    return list(found.values())
 
 
 def fill(call: OpCall, device: torch.device, scratch: Scratch, seed: int = 0) -> Arguments:
-    """The call's arguments on a device, filled with random numbers of a size that a network has."""
+    """The call's arguments on a device, filled with random numbers of a size that a network has.
+
+    What the op only writes holds NaN, so that it shows where it does not.
+    """
     return _Filler(call, device, scratch, seed).arguments()
 
 
 def repeated(
-    function: OpFunction, call: OpCall, arguments: Arguments, times: int, device: torch.device
+    function: Callable[..., object], arguments: Arguments, times: int, cache_bytes: int
 ) -> list[Callable[[], object]]:
-    """``times`` calls or more, as they follow each other in the engine: every one with other weights.
+    """``times`` calls or more, as they follow each other in the engine: each reads what is cold from other memory.
 
-    On a GPU they are so many that together they are twice its L2 cache, where this takes at most 64: a call then reads
-    its weights from memory, as it does when the other layers have run since the last time.
+    Of each such argument there are so many copies that together they are twice the cache, and 512 at most: a call then
+    finds none of its own there, as when the other layers have run since the last time. Without a cache all calls share
+    their arguments.
     """
-    copies = 1
-    if device.type == "cuda" and call.weight_bytes:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        copies = max(1, min(-(-2 * cache // call.weight_bytes), _MOST_COPIES))
-    sets = _with_other_weights(arguments, copies)
-    return [functools.partial(function, **sets[index % copies]) for index in range(max(times, copies))]
+    pools: dict[str, list[Tensor]] = {}
+    for name in COLD:
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and cache_bytes:
+            copies = min(max(2, math.ceil(2 * cache_bytes / nbytes(value))), _MOST_COPIES)
+            pools[name] = [value, *(value.clone() for _ in range(copies - 1))]
+    count = max([times, *(len(pool) for pool in pools.values())])
+    chosen = ({name: pool[index % len(pool)] for name, pool in pools.items()} for index in range(count))
+    return [functools.partial(function, **{**arguments, **own}) for own in chosen]
 
 
-def _with_other_weights(arguments: Arguments, copies: int) -> list[Arguments]:
-    """``copies`` sets of arguments that share everything but their weights, which lie in different memory."""
-    sets = [arguments]
-    for _ in range(1, copies):
-        fresh = {name: arguments[name].clone() for name in WEIGHTS if isinstance(arguments.get(name), Tensor)}
-        sets.append({**arguments, **fresh})
-    return sets
+def expected_outputs(op: str, arguments: Arguments) -> Arguments:
+    """What the op's meaning makes of these arguments in float64, which stay as they are: its outputs by name."""
+    wide = {name: _each(value, _widened) for name, value in arguments.items()}
+    all_ops()[op].meaning(**wide)
+    return {name: wide[name] for name in output_names(op)}
 
 
-def deviation(op: str, function: OpFunction, arguments: Arguments) -> float:
-    """Largest relative L2 difference between ``function`` and the op's meaning among all outputs; inf where not finite.
+def verify(
+    call: OpCall, function: Callable[..., object], arguments: Arguments, expected: Arguments | None = None
+) -> float:
+    """Largest relative L2 difference of any output of ``function`` from the op's meaning in float64.
 
-    Neither changes ``arguments``.
+    Args:
+        arguments: from :func:`fill`; all but working memory stay as they are.
+        expected: of :func:`expected_outputs` for these arguments, where they are there already.
+
+    Raises:
+        ValueError: an output that is not finite, or further off than its dtype's roundings explain.
     """
-    meaning, mine = all_ops()[op].meaning, _own_outputs(op, arguments)
-    function(**mine)
-    expected = _own_outputs(op, arguments)
-    meaning(**expected)
-    worst = 0.0
-    for name in output_names(op):
-        for actual, wanted in zip(_tensors(mine[name]), _tensors(expected[name]), strict=True):
-            difference = (actual.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
-            worst = max(worst, float(difference) if bool(torch.isfinite(difference)) else math.inf)
+    mine = {**arguments, **{name: _each(arguments.get(name), Tensor.clone) for name in output_names(call.op)}}
+    bound, worst = AGREEMENT[call.operand_dtype], 0.0
+    with torch.inference_mode():
+        wanted = expected_outputs(call.op, arguments) if expected is None else expected
+        function(**mine)
+        for name in output_names(call.op):
+            for actual, exact in zip(_tensors(mine[name]), _tensors(wanted[name]), strict=True):
+                error = float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+                if not error <= bound:
+                    raise ValueError(f"wrong: {name} is off by {error:.1e} (relative L2), expected <= {bound:.0e}")
+                worst = max(worst, error)
     return worst
 
 
 def output_names(op: str) -> list[str]:
     """The keyword-only parameters, less the working memory."""
     parameters = inspect.signature(all_ops()[op].meaning).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scratch"]
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _WORKING]
 
 
-def _own_outputs(op: str, arguments: Arguments) -> Arguments:
-    return {**arguments, **{name: _clone(arguments[name]) for name in output_names(op)}}
-
-
-def _clone(value: Any) -> Any:
+def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of a tensor, or of each of a stream's."""
     if isinstance(value, Stream):
-        return Stream(**{part: tensor.clone() for part, tensor in value.tensors.items()})
-    return value.clone() if isinstance(value, Tensor) else value
+        return Stream(**{part: function(tensor) for part, tensor in value.tensors.items()})
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor.clone()
 
 
 def _tensors(value: Any) -> Sequence[Tensor]:
@@ -166,40 +219,42 @@ def _tensors(value: Any) -> Sequence[Tensor]:
 
 class _Filler:
     def __init__(self, call: OpCall, device: torch.device, scratch: Scratch, seed: int) -> None:
-        self._op, self._meta, self._device, self._scratch = call.op, call.arguments, device, scratch
+        self._call, self._meta, self._device, self._scratch = call, call.arguments, device, scratch
         self._random = torch.Generator(device).manual_seed(seed)
+        self._only_written = {*output_names(call.op), *_WORKING} - {*_UPDATED}
 
     def arguments(self) -> Arguments:
         filled = {name: self._value(name, value) for name, value in self._meta.items()}
         for name, value in filled.items():
-            if isinstance(value, Stream):  # read with the norm's scale, where the op has one
-                value.write(self._normal(self._meta[name].x), filled.get("scale"))
+            if isinstance(value, Stream) and name not in self._only_written:
+                # Read with the norm's scale, where the op has one.
+                value.write(self._normal(self._meta[name].x.shape), filled.get("scale"))
         return filled
 
     def _value(self, name: str, value: Any) -> Any:
         if isinstance(value, Scratch):
             return self._scratch
-        if isinstance(value, Stream):
-            empty = {part: torch.empty_like(t, device=self._device) for part, t in value.tensors.items()}
-            return Stream(**empty)
-        if not isinstance(value, Tensor):
-            return value
+        return _each(value, functools.partial(self._filled, name))
+
+    def _filled(self, name: str, like: Tensor) -> Tensor:
+        assert like.is_contiguous(), f"{self._call.label}: {name} has gaps"
+        if name in self._only_written:
+            return torch.full(like.shape, torch.nan, dtype=like.dtype, device=self._device)
         if name == "positions":
             rows = self._meta["rope_table"].shape[0]
-            return torch.arange(value.numel(), dtype=value.dtype, device=self._device) % rows
+            return torch.randint(0, rows, like.shape, generator=self._random, dtype=like.dtype, device=self._device)
+        if name == "rope_table":
+            return rope_table(*like.shape).to(self._device)
         if name in ("length", "lengths"):
-            return torch.full(value.shape, self._valid_rows(), dtype=value.dtype, device=self._device)
-        if name in WEIGHTS:
-            weight = self._normal(value).float() / math.sqrt(value.shape[-1])
-            if self._op == "layernorm_linear":  # its kernel relies on rows that do not see a mean
-                weight -= weight.mean(dim=1, keepdim=True)
-            return weight.to(value.dtype)
-        return self._normal(value)
+            return torch.full(like.shape, self._call.valid_rows, dtype=like.dtype, device=self._device)
+        drawn = self._normal(like.shape)
+        if name in (*WEIGHTS, "ahead"):
+            drawn /= math.sqrt(like.shape[-1])
+        if name == "weight" and self._call.op == "layernorm_linear":  # its rows do not see a mean
+            drawn -= drawn.mean(dim=1, keepdim=True)
+        if name in _FACTORS:
+            drawn = 1 + 0.1 * drawn
+        return drawn.to(like.dtype)
 
-    def _valid_rows(self) -> int:
-        """Where the op takes a number of valid prefix rows: all that there are."""
-        keys = self._meta.get("prefix_k", self._meta.get("k"))
-        return int(self._meta["start"] + self._meta["out"].x.shape[0] if keys is None else keys.shape[1])
-
-    def _normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self._random, device=self._device).to(like.dtype)
+    def _normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=self._random, device=self._device)

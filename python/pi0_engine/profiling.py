@@ -26,7 +26,7 @@ from pi0_engine.engine.trace import TracingOps
 from pi0_engine.kernels.gpu.launch import Launch, Launcher
 from pi0_engine.kernels.registry import OpFunction, Ops, all_ops, select_ops
 from pi0_engine.op_calls import OpCall, fill, record_op_calls, repeated
-from pi0_engine.timing import ClockedOps, call_seconds
+from pi0_engine.timing import ClockedOps, call_seconds, l2_bytes
 
 #: Calls in the graph that times one op.
 CALLS_AT_ONCE = 20
@@ -84,11 +84,10 @@ def profile(engine: Engine, work: Workload, *, runs: int, progress: bool = False
     """
     if runs < 1:
         raise ValueError(f"runs is {runs}, expected at least 1")
-    plan, on_gpu = plan_of(engine, work), engine.device.type == "cuda"
     wall = _wall_seconds(engine, work, runs, progress)
     running = _time_each_call(engine, work, runs, progress)
     ceilings = measure_ceilings(engine.dtype, engine.device)
-    rows = _rows(engine, plan, running, ceilings, progress)
+    rows = _rows(engine, work, running, ceilings, progress)
     total = sum(row.seconds for row in rows)
     report: dict[str, Any] = {
         "machine": describe_machine(engine.device),
@@ -109,7 +108,7 @@ def profile(engine: Engine, work: Workload, *, runs: int, progress: bool = False
         "floor_ms": 1e3 * sum(row.floor_seconds for row in rows),
         "wall_ms": 1e3 * wall,
     }
-    if on_gpu and engine.use_graph:
+    if engine.device.type == "cuda" and engine.use_graph:
         inputs, noise = work.inputs()
         replays = [engine.infer(inputs, noise, num_steps=work.num_steps).seconds["replay"] for _ in range(1 + runs)]
         report["replay_ms"] = 1e3 * statistics.median(replays[1:])
@@ -223,14 +222,15 @@ def _time_each_call(engine: Engine, work: Workload, runs: int, progress: bool) -
 
 def _rows(
     engine: Engine,
-    plan: ShapePlan,
+    work: Workload,
     running: dict[tuple[Any, ...], float],
     ceilings: dict[str, float],
     progress: bool,
 ) -> list[OpRow]:
     chosen = {choice.op: choice.implementation for choice in engine.ops.choices}
     groups: dict[tuple[Any, ...], list[OpCall]] = {}
-    for op_call in record_op_calls(engine.config, plan, engine.dtype):
+    recorded = record_op_calls(engine.config, plan_of(engine, work), engine.dtype, prompt_tokens=work.prompt_tokens)
+    for op_call in recorded:
         groups.setdefault((op_call.call.stage, *op_call.key), []).append(op_call)
     rows = []
     for key, calls in tqdm(groups.items(), "each op alone", disable=not progress, leave=False):
@@ -262,9 +262,8 @@ def _rows(
 def time_alone(engine: Engine, call: OpCall) -> float:
     """Seconds per call, back to back on random numbers."""
     arguments = fill(call, engine.device, engine.scratch)
-    with torch.inference_mode():
-        calls = repeated(getattr(engine.ops, call.op), call, arguments, CALLS_AT_ONCE, engine.device)
-        return statistics.median(call_seconds(calls, engine.device))
+    calls = repeated(getattr(engine.ops, call.op), arguments, CALLS_AT_ONCE, l2_bytes(engine.device))
+    return statistics.median(call_seconds(calls, engine.device))
 
 
 def _launches(engine: Engine, call: OpCall) -> list[Launch]:

@@ -15,7 +15,7 @@ from pi0_engine.kernels.gpu.launch import Launch, Launcher
 from pi0_engine.kernels.gpu.target import Target
 from pi0_engine.kernels.registry import select_ops
 from pi0_engine.kernels.stream import Stream
-from pi0_engine.op_calls import OpCall, record_op_calls
+from pi0_engine.op_calls import OpCall, distinct, record_op_calls
 from pi0_engine.tuning_candidates import ATTENTION, FUSED_UP, Problem
 
 #: A case that several shapes share is measured on those which make up most of its calls.
@@ -67,14 +67,11 @@ def find_cases(
     config: Pi0Config, plans: Sequence[ShapePlan], dtype: torch.dtype, target: Target, base: LaunchConfigs
 ) -> list[Case]:
     """Every case of inferences with these lengths, by asking the kernels' launch code on tensors without contents."""
-    distinct: dict[tuple[Any, ...], tuple[OpCall, int]] = {}
-    for plan in plans:
-        for call in record_op_calls(config, plan, dtype):
-            distinct[call.key] = call, distinct.get(call.key, (call, 0))[1] + 1
+    recorded = distinct(call for plan in plans for call in record_op_calls(config, plan, dtype))
     launcher = _Requests(target, base)
     ops = select_ops("triton", torch.device("meta"), launcher)
     cases: dict[tuple[Any, ...], Case] = {}
-    for call, count in distinct.values():
+    for call, count in recorded:
         launcher.asked.clear()
         getattr(ops, call.op)(**call.arguments)
         for op, rows, n, k in launcher.asked:
