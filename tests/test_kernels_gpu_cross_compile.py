@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pi0_engine.cli import main
 from pi0_engine.kernels.gpu.target import TARGETS
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -48,6 +48,9 @@ launches = [getattr(toy_kernels, name)() for name in sys.argv[1].split(",")]
 trace.record_launches = lambda config, plan, dtype, target: launches
 sys.exit(main(sys.argv[2:]))
 """
+
+
+needs_tyro = pytest.mark.skipif(find_spec("tyro") is None, reason="the command line needs tyro")
 
 
 def python(script: str, *arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -148,12 +151,14 @@ for before in (None, mine):
     assert done.returncode == 0, done.stderr
 
 
+@needs_tyro
 def test_interpreted_kernels_are_refused(cache: Path) -> None:
     done = python(COMMAND, "gemm", "kernels", "--target", "sm_90", cache=cache, TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "imported for Triton's interpreter" in done.stderr and "Traceback" not in done.stderr
 
 
+@needs_tyro
 def test_command_passes(cache: Path, compiled: dict[str, dict[str, Any]]) -> None:
     done = python(COMMAND, "gemm,tma_gemm", "kernels", "--target", "sm_87, sm_90", "--op", "linear", cache=cache)
     lines = done.stdout.splitlines()
@@ -163,6 +168,7 @@ def test_command_passes(cache: Path, compiled: dict[str, dict[str, Any]]) -> Non
     assert "5 x 18" in gemm_line and gemm_line.endswith("4 warps, 3 stages)")
 
 
+@needs_tyro
 def test_command_fails_and_names_op_shape_and_configuration(cache: Path, compiled: dict[str, dict[str, Any]]) -> None:
     toys = "gemm,spilling,overflowing,dependent"
     done = python(COMMAND, toys, "kernels", "--target", "sm_90", "--config", "pi0", cache=cache)
@@ -174,6 +180,7 @@ def test_command_fails_and_names_op_shape_and_configuration(cache: Path, compile
     assert done.stdout.splitlines()[-1].startswith("FAILED: 2 of 4 kernels for 1 targets, Triton ")
 
 
+@needs_tyro
 def test_command_prints_json(cache: Path, compiled: dict[str, dict[str, Any]]) -> None:
     done = python(COMMAND, "gemm,dependent", "kernels", "--target", "sm_90", "--op", "add", "--json", cache=cache)
     assert done.returncode == 0, done.stderr
@@ -184,9 +191,12 @@ def test_command_prints_json(cache: Path, compiled: dict[str, dict[str, Any]]) -
     assert entry["shared_bytes"] == 0 and entry["shared_limit_bytes"] == 227 * 1024 and report["problems"] == []
 
 
+@needs_tyro
 def test_bad_input_is_one_line_and_status_2(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pi0_engine.cli import main
+
     assert main(["kernels", "--target", "sm_90,sm_91"]) == 2
     assert "target is 'sm_91', expected one of ['sm_80'" in capsys.readouterr().err
     done = python(COMMAND, "gemm", "kernels", "--target", "sm_90", "--op", "linaer", cache=cache)
