@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,13 @@ import pytest
 
 from pi0_engine.kernels.gpu.target import TARGETS
 
+try:
+    from pi0_engine.cli import main
+except ImportError:
+    main = None  # type: ignore[assignment]
+
 pytest.importorskip("triton", reason="Triton is not installed")
+needs_tyro = pytest.mark.skipif(main is None, reason="the command line needs tyro")
 
 TOYS = ("gemm", "attention_256", "spilling", "overflowing", "tma_gemm", "dependent")
 
@@ -48,9 +53,6 @@ launches = [getattr(toy_kernels, name)() for name in sys.argv[1].split(",")]
 trace.record_launches = lambda config, plan, dtype, target: launches
 sys.exit(main(sys.argv[2:]))
 """
-
-
-needs_tyro = pytest.mark.skipif(find_spec("tyro") is None, reason="the command line needs tyro")
 
 
 def python(script: str, *arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -195,8 +197,6 @@ def test_command_prints_json(cache: Path, compiled: dict[str, dict[str, Any]]) -
 def test_bad_input_is_one_line_and_status_2(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pi0_engine.cli import main
-
     assert main(["kernels", "--target", "sm_90,sm_91"]) == 2
     assert "target is 'sm_91', expected one of ['sm_80'" in capsys.readouterr().err
     done = python(COMMAND, "gemm", "kernels", "--target", "sm_90", "--op", "linaer", cache=cache)
