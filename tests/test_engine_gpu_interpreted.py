@@ -51,8 +51,17 @@ def launch_configs(tmp_path: Path) -> str | None:
     return str(path)
 
 
-def triton_engine(config: Pi0Config, launch_configs: str | None, dtype: str = "float32") -> Engine:
-    running = fresh_engine(config, dtype, device=DEVICE.type, backend="triton", launch_configs=launch_configs)
+def triton_engine(
+    config: Pi0Config, launch_configs: str | None, dtype: str = "float32", prompt_bucket: int | None = None
+) -> Engine:
+    running = fresh_engine(
+        config,
+        dtype,
+        device=DEVICE.type,
+        backend="triton",
+        launch_configs=launch_configs,
+        prompt_bucket=prompt_bucket,
+    )
     others = {choice.op for choice in running.ops.choices if choice.implementation != "triton"}
     assert others == {"frames_to_patches"}
     return running
@@ -86,6 +95,18 @@ def test_a_batch_with_absent_cameras_and_two_samples(model_type: ModelType, laun
         session.space.arena.fill_(0xFF)
     assert torch.equal(running.infer(inputs, noise).actions, actions)
     assert not running.scratch.counters.any() and not running.scratch.barrier.any()
+
+
+@pytest.mark.parametrize(("views", "prompt"), [(1, 1), (2, 5), (3, 7), (4, 11)])
+def test_any_number_of_views_and_prompts_in_a_bucket(views: int, prompt: int, launch_configs: str | None) -> None:
+    """Rows behind the prompt's last token are in the plan, and nobody sees them."""
+    config = small_config("pi0")
+    inputs, noise = random_inputs(config, [[True] * views], [prompt]), random_noise(config)
+    expected = engine(config, backend="torch").infer(inputs, noise).actions
+    running = triton_engine(config, launch_configs, prompt_bucket=8)
+    error = rel_l2(running.infer(inputs, noise).actions, expected)
+    print(f"{views} views, prompt {prompt}: relative L2 {error:.2e}")
+    assert error <= 3e-6
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
