@@ -1,9 +1,9 @@
 """A whole MLP in one launch, for few rows: geglu, a barrier across all programs, down projection and residual.
 
-In the flow loop a layer's four matrix products take about 2 us each at memory speed, as long as it takes to end one
-kernel and begin the next. All programs run at once (one per multiprocessor at most), so they can wait for each other
-instead, and ask L2 for their share of the down projection meanwhile. The interpreter runs programs one after another,
-where waiting would never end: there the two halves are two launches of the same kernel.
+By count, a layer of the flow loop reads 34.6 MB of weights: 8 us at an H200's 4.3 TB/s for all its kernels, so that
+every end of one kernel and beginning of the next shows. All programs run at once (one per multiprocessor at most), so
+they can wait for each other instead, and ask L2 for their share of the down projection meanwhile. The interpreter runs
+programs one after another, where waiting would never end: there the two halves are two launches of the same kernel.
 """
 
 from __future__ import annotations
