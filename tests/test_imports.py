@@ -29,6 +29,7 @@ LAYERS = [
         "pi0_engine.cases",
         "pi0_engine.checkpoint",
         "pi0_engine.frames",
+        "pi0_engine.guards",
         "pi0_engine.hub",
         "pi0_engine.images",
         "pi0_engine.lora",
