@@ -70,7 +70,7 @@ class Engine:
         check_free_memory(self.config, self.dtype, self.device)
         with reporting_memory(self.device, "the weights"):
             self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
-            self.time_terms = TimeTerms(source, self.weights.expert, self.device)
+            self.time_terms = TimeTerms(source, self.weights.expert, self.device, self.engine_config.flow_times)
             self.time_terms(self.config.num_steps)
             self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
         self.use_graph = self.device.type == "cuda" and self.engine_config.use_cuda_graph

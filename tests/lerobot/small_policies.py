@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0 import PI0Config, PI0Policy, modeling_pi0
-from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma, PiGemmaForCausalLM
 from lerobot.policies.pi05 import PI05Config, PI05Policy, modeling_pi05
+from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma, PiGemmaForCausalLM
 from transformers import GemmaConfig, PaliGemmaConfig
 
 from pi0_engine.checkpoint_names import normalize_key

@@ -1,6 +1,6 @@
 """The policy types ``pi0_engine`` and ``pi05_engine``: lerobot's own options, and which ops the engine uses.
 
-lerobot finds the policy classes and processors by this module's name: ``modeling_pi0_engine``, ``processor_pi0_engine``.
+lerobot finds policy classes and processors by this module's name: ``modeling_pi0_engine``, ``processor_pi0_engine``.
 """
 
 from __future__ import annotations

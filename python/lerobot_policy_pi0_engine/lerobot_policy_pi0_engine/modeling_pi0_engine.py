@@ -89,8 +89,8 @@ class _EnginePolicy:
         if state_dict is not None:
             raise ValueError("an engine policy saves the files that it was loaded from, no other state_dict")
         self.config._save_pretrained(save_directory)
-        for file in sorted(self._files.iterdir()):
-            if file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name == "adapter_config.json":
+        for file in sorted(self._files.iterdir()):  # whole, in shards with their index, or an adapter
+            if file.name.startswith(("model", "adapter_")) and file.suffix in (".safetensors", ".json"):
                 shutil.copy2(file, save_directory)
 
 

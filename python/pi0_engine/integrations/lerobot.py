@@ -7,7 +7,8 @@ here, the policy that is given brings it.
 
 from __future__ import annotations
 
-from functools import partial
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -46,11 +47,12 @@ def accelerate(
         ValueError: another policy, weights that are missing, unexpected or misshapen (all of them in one message), or
             an option that the engine does not compute.
     """
-    source = live_checkpoint(policy)
+    source = LiveCheckpoint(policy)
     install(policy, source, engine_config, progress=progress)
     if keep_weights:
         sampler_of(policy).watch([*_parts(policy)[0].parameters()])
     else:
+        source.forget_packed()
         release_weights(policy, _device(policy))
     return policy
 
@@ -81,23 +83,32 @@ def sampler_of(policy: object) -> Sampler:
     return found
 
 
-def live_checkpoint(policy: object) -> Checkpoint:
+class LiveCheckpoint(Checkpoint):
     """The parameters of a loaded lerobot policy, by canonical name; nothing is copied before it is read.
 
     Raises:
         ValueError: as :func:`accelerate`.
     """
-    config = model_config(policy)
-    model, _ = _parts(policy)
-    where = f"{type(policy).__name__}.model"
-    tensors = (
-        StoredTensor(key, tuple(t.shape), str(t.dtype).removeprefix("torch."), partial(_on_host, t))
-        for key, t in model.state_dict().items()
-    )
-    stored = name_tensors(tensors, where)
-    stored.check(config, "the policy's own config")
-    shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-    return Checkpoint(config, "lerobot", Path(where), shapes, stored.ignored, lambda name: stored.tensors[name].read())
+
+    def __init__(self, policy: object) -> None:
+        config = model_config(policy)
+        where = f"{type(policy).__name__}.model"
+        tensors = _parts(policy)[0].state_dict()
+        stored = name_tensors((_stored(key, tensor) for key, tensor in tensors.items()), where)
+        stored.check(config, "the policy's own config")
+        shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
+        self._live = {name: tensors[tensor.key] for name, tensor in stored.tensors.items()}
+        super().__init__(
+            config, "lerobot", Path(where), shapes, stored.ignored, lambda name: _on_host(self._live[name])
+        )
+
+    def _read_live(self, name: str) -> torch.Tensor:
+        return _on_host(self._live[name])
+
+    def forget_packed(self) -> None:
+        """Let go of all that an engine has packed. The rest it reads again for each new number of flow steps."""
+        packed = re.compile(r"vision\.|projector\.|llm\.|expert\.layers\.\d+\.\w+_proj\.")
+        self._live = {name: _on_host(tensor) for name, tensor in self._live.items() if not packed.match(name)}
 
 
 def model_config(policy: object) -> Pi0Config:
@@ -140,7 +151,7 @@ def install(policy: object, source: Checkpoint, engine_config: EngineConfig | No
     model, config = _parts(policy)
     if engine_config is None:
         engine_config = EngineConfig(device=str(_device(policy)), dtype=config.dtype)
-    engine = Engine(source, engine_config, progress=progress)
+    engine = Engine(source, dataclasses.replace(engine_config, flow_times="lerobot"), progress=progress)
     kind = Pi05Sampler if source.config.is_pi05 else Pi0Sampler
     sampler = kind(engine, model)
     views = len(config.image_features) - config.empty_cameras
@@ -195,6 +206,11 @@ def _gemma(config: Any, vocab_size: int | None) -> GemmaConfig:
         head_dim=config.head_dim,
         vocab_size=vocab_size,
     )
+
+
+def _stored(key: str, tensor: torch.Tensor) -> StoredTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return StoredTensor(key, tuple(tensor.shape), dtype, lambda: _on_host(tensor))
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
