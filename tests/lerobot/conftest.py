@@ -1,10 +1,17 @@
-"""These tests need lerobot in an environment of its own: ``make test-lerobot``. Elsewhere they are not collected."""
+"""These tests need lerobot in an environment of its own: ``make test-lerobot``. Elsewhere they are not collected.
+
+They are offline: the Hub's cache is a folder of this run, and holds a tokenizer under the name of PaliGemma's.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
+import torch
 
 try:
     importlib.metadata.version("lerobot")
@@ -12,6 +19,26 @@ try:
 except importlib.metadata.PackageNotFoundError:
     collect_ignore_glob = ["*.py"]
 
-# Nothing comes from the Hub: its cache is empty but for the tokenizer that tests put there. Read when it is imported.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pi0-engine-lerobot-")
+# Read when huggingface_hub is imported. Child processes inherit both.
+_HUB = tempfile.TemporaryDirectory(prefix="pi0-engine-hub-")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_HUB.name)
+
+torch.set_num_threads(1)  # models this small lose by sharing
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizer() -> None:
+    """What lerobot's processors ask for by name: one token per word or sign, as many as the small models know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(chr(code) for code in range(32, 127))]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    model = Path(_HUB.name, "hub", "models--google--paligemma-3b-pt-224")
+    revision = "0" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(revision)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(model / "snapshots" / revision)
+    (model / "snapshots" / revision / "config.json").write_text("{}")
