@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 TORCH := 2.13.0
+# The client that robots run, to test the server with. Without its dependencies: it asks for numpy 1 and runs on numpy 2.
+OPENPI_CLIENT := 0.1.2
 # Where torch is built without CUDA: a download of 0.2 GB instead of several.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -84,4 +86,5 @@ $(VENV)/.torch: $(VENV)/.python
 $(VENV)/.plot $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "installing pi0-engine [$*]"
 	@$(PIP) install -e '.[$*]'
+	@if [ $* = dev ]; then $(PIP) install --no-deps openpi-client==$(OPENPI_CLIENT); fi
 	@touch $@
