@@ -144,6 +144,7 @@ def process(tmp_path: Path, *arguments: str, robot: str = "libero", port: int = 
     command = [sys.executable, "-m", "pi0_engine.cli", "serve", "--robot", robot, "--config", str(sizes)]
     command += ["--random-weights", "0", "--dtype", "float32", "--port", str(port), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"  # such small products only wait for a second thread, long on a busy machine
     with open(tmp_path / "log", "ab") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     try:
@@ -155,3 +156,5 @@ def process(tmp_path: Path, *arguments: str, robot: str = "libero", port: int = 
         if child.poll() is None:
             child.send_signal(signal.SIGKILL)
         child.wait(PATIENCE_S)
+        if child.stdout is not None:
+            child.stdout.close()

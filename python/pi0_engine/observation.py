@@ -18,6 +18,10 @@ from pi0_engine.robots import Camera, Robot, StatePart
 _PIXEL_SLACK = 1e-3
 
 
+class ObservationError(ValueError):
+    """Values that are each acceptable, and together with the checkpoint's statistics are not."""
+
+
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What a robot said.

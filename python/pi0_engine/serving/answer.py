@@ -9,6 +9,7 @@ import numpy as np
 
 from pi0_engine.guards import GuardReport, GuardViolation, check, check_age
 from pi0_engine.inputs import NotFiniteError
+from pi0_engine.observation import ObservationError
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.rtc import Leftover
 from pi0_engine.serving.errors import Refusal
@@ -41,6 +42,8 @@ class Responder:
             return self._answer(job, queue_ms)
         except GuardViolation as error:
             raise Refusal(error.code, str(error)) from error
+        except ObservationError as error:
+            raise Refusal("bad_observation", str(error)) from error
         except NotFiniteError as error:
             raise Refusal("not_finite", str(error)) from error
 

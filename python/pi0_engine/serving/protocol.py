@@ -22,6 +22,8 @@ PROTOCOL = 1
 #: Where the client's requests are in the observation map.
 KEY = "pi0_engine"
 _NAME_LENGTH = 128
+#: Characters of an instruction. The model takes 48 or 200 tokens; cutting a book into tokens would hold up the others.
+_PROMPT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,14 @@ def read_request(data: bytes | str, robot: Robot) -> Request:
     if request.reset and not tree:
         return request
     try:
-        return dataclasses.replace(request, observation=read_observation(tree, robot))
+        observation = read_observation(tree, robot)
+        if len(observation.prompt) > _PROMPT_LENGTH:
+            raise ValueError(
+                f"the instruction has {len(observation.prompt)} characters, at most {_PROMPT_LENGTH} are read"
+            )
     except ValueError as error:
         raise Refusal("bad_observation", str(error), name) from error
+    return dataclasses.replace(request, observation=observation)
 
 
 def _name(asked: Any) -> int | str | None:
