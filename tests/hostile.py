@@ -38,7 +38,8 @@ _VALUES: list[Any] = [
     *("", "x" * 10_000, "\x00", b"\xff\xfe", [], {}, [[]], {"a": {"b": 1}}),
     *(np.zeros(0), np.zeros((8, 1)), np.zeros(8, np.bool_)),
     *(np.full(8, number) for number in (np.nan, np.inf, 1e38, 1e300, 1e308)),
-    *(np.zeros(shape, np.uint8) for shape in ((0, 0, 3), (1, 1, 3), (3, 20_000, 3), (20_000, 1, 3), (8, 8, 4))),
+    *(np.zeros(shape, np.uint8) for shape in ((0, 0, 3), (1, 1, 3), (8, 8, 4))),
+    *(np.zeros(shape, np.uint8) for shape in ((3, 20_000, 3), (20_000, 1, 3), (2**20 + 1, 1, 3))),
     *(np.full((8, 8, 3), np.nan, np.float32), np.full((8, 8, 3), 255.0)),
 ]
 

@@ -19,7 +19,7 @@ _PIXEL_SLACK = 1e-3
 
 
 class ObservationError(ValueError):
-    """Values that are each acceptable, and together with the checkpoint's statistics are not."""
+    """An observation that cannot be used: the fault is its sender's, not the policy's."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from pi0_engine.config import Pi0Config
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.normalization import NormStats
-from pi0_engine.observation import Observation, ObservationError, read_observation, read_prompt
+from pi0_engine.observation import Observation, read_observation, read_prompt
 from pi0_engine.robots import Robot
 from pi0_engine.tokenizer import Tokenizer
 
@@ -114,8 +114,8 @@ class ObservationTransform:
             absent camera are zeros under a False mask; they are never read.
 
         Raises:
-            ValueError: see :func:`pi0_engine.observation.read_observation`; in a batch the message says which one.
-            ObservationError: a state that is finite, but not when it is normalised.
+            ValueError: see :func:`pi0_engine.observation.read_observation`; a state that is finite, but not any more
+                when it is normalised. In a batch the message says which observation.
         """
         if isinstance(observations, (Mapping, Observation)):
             read = [self._read(observations, prompt)]
@@ -185,7 +185,7 @@ class ObservationTransform:
         if not fits.all():
             index = int(np.argmin(fits.all(axis=0)))
             given = state[int(np.argmin(fits[:, index])), index]
-            raise ObservationError(f"the state holds {given} at index {index}, normalised that is beyond float32")
+            raise ValueError(f"the state holds {given} at index {index}, normalised that is beyond float32")
         return normalized
 
     def _read(self, given: Mapping[str, Any] | Observation, prompt: str | bytes | None) -> Observation:
