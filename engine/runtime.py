@@ -27,7 +27,7 @@ from pi0_engine.engine.session import Session
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.frames import staging_size
-from pi0_engine.inputs import ModelInputs
+from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.kernels.registry import Ops
 from pi0_engine.kernels.stream import Scratch
 
@@ -271,7 +271,7 @@ class Engine:
         with _current(self.device):
             actions = session.actions()
         if not bool(torch.isfinite(actions).all()):
-            raise ValueError("the model computed NaN or infinity from finite inputs: are the weights finite?")
+            raise NotFiniteError("the model computed NaN or infinity from finite inputs: are the weights finite?")
         return Inference(actions, clock.seconds)
 
     def _issue(self, part: str, session: Session, plan: ShapePlan, lap: Callable[[str], None]) -> None:
