@@ -18,6 +18,7 @@ from lerobot_policy_pi0_engine.__main__ import link_checkpoint
 from safetensors.torch import load_file, save_file
 from small_policies import IMAGES, random_batch, small_options, small_policy, small_sizes, worst
 
+from checkpoints import write_peft
 from pi0_engine.integrations.lerobot import sampler_of
 
 KINDS = ["pi0", "pi05"]
@@ -141,6 +142,28 @@ def test_linked_checkpoints_are_of_our_type(tmp_path: Path) -> None:
         link_checkpoint(str(tmp_path / "linked"), tmp_path / "again")
     with pytest.raises(ValueError, match="exists already"):
         link_checkpoint(str(tmp_path / "theirs"), tmp_path / "linked")
+
+
+def test_a_lora_adapter_is_merged(tmp_path: Path) -> None:
+    theirs = saved(tmp_path / "base", "pi0")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    random = torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, 8, generator=random), torch.randn(28, 4, generator=random)
+    write_peft(
+        tmp_path / "adapter",
+        str(tmp_path / "base"),
+        {"action_in_proj.lora_A.weight": down, "action_in_proj.lora_B.weight": up},
+    )
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps({**config, "use_peft": True}))
+    before = chunk(theirs)
+    with torch.no_grad():
+        theirs.model.action_in_proj.weight += 10 / 4 * up @ down
+    expected = chunk(theirs)
+    assert worst(expected, before) > 0.1
+    ours = load(tmp_path / "adapter", "pi0")
+    assert worst(chunk(ours), expected) <= TOLERANCE
+    ours.save_pretrained(tmp_path / "again")
+    assert worst(chunk(load(tmp_path / "again", "pi0")), expected) <= TOLERANCE
 
 
 def test_the_backend_is_an_option(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
@@ -47,7 +47,7 @@ class _EnginePolicy:
         revision: str | None = None,
         strict: bool = True,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Load a checkpoint directory or Hub id of this type or of lerobot's own (``pi0``, ``pi05``).
 
         Args:
@@ -82,7 +82,7 @@ class _EnginePolicy:
         install(policy, checkpoint, engine_config)
         release_weights(policy, torch.device(device))
         policy._files = checkpoint.path
-        return policy.eval()  # type: ignore[attr-defined, no-any-return]
+        return policy.eval()  # type: ignore[attr-defined]
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The config, and copies of the files that were loaded: an engine's weights do not change."""
@@ -108,8 +108,8 @@ class PI05EnginePolicy(_EnginePolicy, PI05Policy):
     name = "pi05_engine"
 
 
-def as_engine_config(config: PreTrainedConfig, wanted: type[PreTrainedConfig]) -> Any:
-    """The config itself, or one of our types with the values of lerobot's own.
+def as_engine_config(config: Any, wanted: Any) -> Any:
+    """The config itself, or lerobot's own as the ``wanted`` one of our types, with the same values.
 
     Raises:
         ValueError: the config of another policy.
