@@ -17,7 +17,14 @@ FOLDERS = {"python/pi0_engine": "pi0_engine", "engine": "pi0_engine.engine", "ke
 #: Layers from the bottom up. A module imports its own layer and lower ones. Prefixes; the longest match counts.
 LAYERS = [
     ["pi0_engine.config"],
-    ["pi0_engine.parameters", "pi0_engine.inputs", "pi0_engine.reference", "pi0_engine.kernels", "pi0_engine._C"],
+    [
+        "pi0_engine.parameters",
+        "pi0_engine.inputs",
+        "pi0_engine.reference",
+        "pi0_engine.rtc",
+        "pi0_engine.kernels",
+        "pi0_engine._C",
+    ],
     [
         "pi0_engine.cases",
         "pi0_engine.checkpoint",
@@ -51,6 +58,7 @@ ALLOWED = {
     "pi0_engine.config": (),
     "pi0_engine.parameters": ("pi0_engine.config",),
     "pi0_engine.inputs": ("pi0_engine.config",),
+    "pi0_engine.rtc": (),
     # The oracle shares no code with what it judges.
     "pi0_engine.reference": ("pi0_engine.config", "pi0_engine.reference"),
     "pi0_engine.kernels": ("pi0_engine.config", "pi0_engine.kernels", "pi0_engine._C"),
