@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from pi0_engine import recording_store
 from pi0_engine.recording import Recorder
 from pi0_engine.recording_files import Record, Recording, encode_record, pack_record
 from pi0_engine.robot_files import declaration, parse_robot, robot_names
@@ -239,8 +240,6 @@ def test_a_deep_observation_is_dropped_not_followed(tmp_path: Path) -> None:
 def test_a_disk_that_does_not_keep_up_drops_and_counts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pi0_engine import recording
-
     gate, busy = threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> tuple[bytes, bytes]:
@@ -248,7 +247,7 @@ def test_a_disk_that_does_not_keep_up_drops_and_counts(
         assert gate.wait(60)
         return pack_record(*arguments)
 
-    monkeypatch.setattr(recording, "pack_record", slow)
+    monkeypatch.setattr(recording_store, "pack_record", slow)
     with Recorder(tmp_path, METADATA, queue_size=2) as recorder:
         assert recorder.write(record(0)) and busy.wait(60)
         taken = [recorder.write(record(number)) for number in range(1, 14)]
@@ -259,6 +258,28 @@ def test_a_disk_that_does_not_keep_up_drops_and_counts(
     assert told == [f"{n} records dropped, the last one because: the disk does not keep up" for n in (1, 10)]
     assert not recorder.write(record()) and recorder.dropped == 12  # closed
     recorder.close()  # a second time is nothing
+
+
+def test_a_stuck_disk_holds_neither_memory_nor_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, busy = threading.Event(), threading.Event()
+
+    def stuck(*arguments: Any) -> tuple[bytes, bytes]:
+        busy.set()
+        assert gate.wait(60)
+        return pack_record(*arguments)
+
+    monkeypatch.setattr(recording_store, "pack_record", stuck)
+    one = sum(array.nbytes for array in encode_record(record())[1].values())
+    recorder = Recorder(tmp_path, METADATA, queue_bytes=3 * one)
+    assert recorder.write(record(0)) and busy.wait(60)
+    assert [recorder.write(record(number)) for number in range(1, 5)] == [True, True, False, False]
+    recorder.close(timeout_s=0.2)
+    assert "does not take the last records" in caplog.text
+    gate.set()
+    recorder.flush()
+    assert numbers(tmp_path) == [0, 1, 2]
 
 
 def test_a_full_disk_does_not_stop_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,8 +358,9 @@ def test_a_folder_with_something_else_is_not_recorded_into(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot record into"):
         Recorder(tmp_path / "file", METADATA)
-    with pytest.raises(ValueError, match="max_bytes is 0"):
-        Recorder(tmp_path / "new", METADATA, max_bytes=0)
+    for name in ("max_bytes", "queue_size", "queue_bytes"):
+        with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+            Recorder(tmp_path / "new", METADATA, **{name: 0})
 
 
 def test_one_process_records_at_a_time(tmp_path: Path) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
-import json
 import logging
-import os
 import queue
 import threading
 import time
@@ -22,24 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 from pi0_engine.benchmark import describe_machine
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.policy import Pi0Policy
-from pi0_engine.recording_files import (
-    FORMAT,
-    FORMAT_VERSION,
-    LINES_FILE,
-    METADATA_FILE,
-    Record,
-    encode_record,
-    pack_record,
-    read_metadata,
-    segments,
-    tensor_file,
-)
+from pi0_engine.recording_files import Record, encode_record
+from pi0_engine.recording_store import SegmentStore
 from pi0_engine.robot_files import declaration
 
 log = logging.getLogger(__name__)
-
-#: A recording has at least this many segments when it is full, so that rotation forgets an eighth of it at a time.
-_SEGMENTS = 8
 
 
 class Recorder:
@@ -52,7 +36,7 @@ class Recorder:
         directory: new or empty, or a recording with the same metadata, which is continued.
         metadata: what :func:`describe_policy` says, or any map of JSON values.
         max_bytes: of all records together.
-        queue_size: records that may wait for the disk; one more is dropped.
+        queue_size, queue_bytes: records that may wait for the disk; one more is dropped.
 
     Raises:
         ValueError: a folder that holds something else, or into which another process records.
@@ -65,11 +49,14 @@ class Recorder:
         *,
         max_bytes: int = 10_000_000_000,
         queue_size: int = 16,
+        queue_bytes: int = 256_000_000,
     ) -> None:
-        if max_bytes < 1 or queue_size < 1:
-            raise ValueError(f"max_bytes is {max_bytes} and queue_size {queue_size}, expected at least 1 of each")
-        self._store = _Store(Path(directory), metadata, max_bytes)
+        for name, value in (("max_bytes", max_bytes), ("queue_size", queue_size), ("queue_bytes", queue_bytes)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        self._store = SegmentStore(Path(directory), metadata, max_bytes)
         self._queue: queue.Queue[Any] = queue.Queue(queue_size)
+        self._queue_bytes, self._waiting = queue_bytes, 0
         self._lock = threading.RLock()
         self._closed = False
         self.written = 0
@@ -88,24 +75,28 @@ class Recorder:
         with self._lock:
             if self._closed:
                 return self._drop("the recorder is closed")
-            try:
-                self._queue.put_nowait(item)
-            except queue.Full:
+            if self._queue.full() or self._waiting + _nbytes(item) > self._queue_bytes:
                 return self._drop("the disk does not keep up")
+            self._waiting += _nbytes(item)
+            self._queue.put_nowait(item)  # only ever filled under the lock
         return True
 
     def flush(self) -> None:
         """Wait until everything taken so far is on disk or dropped."""
         self._queue.join()
 
-    def close(self) -> None:
-        """Write what is waiting, then end. Further records are dropped."""
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Write what is waiting, then end. Further records are dropped, and so is what a stuck disk does not take."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._queue.put(None)
-        self._thread.join()
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=timeout_s)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.error("%s does not take the last records: they are lost", self._store.directory)
+            return
         self._store.close()
         log.info("recorded %d inferences into %s, dropped %d", self.written, self._store.directory, self.dropped)
 
@@ -123,6 +114,8 @@ class Recorder:
             except Exception as error:  # whatever it is: serving goes on
                 self._drop(f"{type(error).__name__}: {error}")
             finally:
+                with self._lock:
+                    self._waiting -= _nbytes(item)
                 self._queue.task_done()
         self._queue.task_done()
 
@@ -133,6 +126,10 @@ class Recorder:
         if count == 10 ** (len(str(count)) - 1):  # the 1st, the 10th, the 100th, ...
             log.warning("%d records dropped, the last one because: %s", count, reason)
         return False
+
+
+def _nbytes(item: tuple[dict[str, Any], dict[str, NDArray[Any]]]) -> int:
+    return sum(array.nbytes for array in item[1].values())
 
 
 class RecordingPolicy:
@@ -218,101 +215,3 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
         "backend": engine.engine_config.backend,
         "machine": {name: machine[name] for name in ("device", "threads", "torch")},
     }
-
-
-class _Store:
-    """The folder: the segment in use, the size of each, and a lock on all of it."""
-
-    def __init__(self, directory: Path, metadata: Mapping[str, Any], max_bytes: int) -> None:
-        self.directory, self._max_bytes = directory, max_bytes
-        self._lock_file = _claim(directory, metadata)
-        self._sizes = {segment: _size(segment) for segment in segments(directory)}
-        self._current: Path | None = None
-        self._count = 0
-
-    def append(self, line: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """The tensors, then the line that says they are whole. After an error the next record has a new segment."""
-        self._count += 1
-        text, tensors = pack_record(self._count, line, arrays)
-        size = len(text) + len(tensors)
-        if size > self._max_bytes:
-            raise ValueError(f"a record of {size} bytes, expected at most {self._max_bytes}")
-        used = 0 if self._current is None else self._sizes[self._current]
-        segment = self._begin() if self._current is None or used + size > self._share(used) else self._current
-        while sum(self._sizes.values()) + size > self._max_bytes:
-            self._delete(min(self._sizes, key=_number))
-        path = tensor_file(segment, self._count)
-        try:
-            path.write_bytes(tensors)
-            with (segment / LINES_FILE).open("ab") as file:
-                file.write(text)
-        except OSError:
-            self._current = None
-            if self._sizes[segment] == 0:  # or a full disk would collect empty segments
-                self._delete(segment)
-            else:
-                path.unlink(missing_ok=True)
-                self._sizes[segment] = _size(segment)
-            raise
-        self._sizes[segment] += size
-
-    def close(self) -> None:
-        os.close(self._lock_file)
-
-    def _share(self, used: int) -> int:
-        """How large a segment may become; an empty one takes any record."""
-        return self._max_bytes // _SEGMENTS if used else self._max_bytes
-
-    def _begin(self) -> Path:
-        number = 1 + max(map(_number, self._sizes), default=0)
-        segment = self.directory / f"segment-{number:06d}"
-        segment.mkdir()
-        self._sizes[segment] = 0
-        self._current = segment
-        return segment
-
-    def _delete(self, segment: Path) -> None:
-        """Its line file first: a reader then knows of none of its records."""
-        for path in [segment / LINES_FILE, *segment.glob("*.safetensors")]:
-            path.unlink(missing_ok=True)
-        del self._sizes[segment]
-        with contextlib.suppress(OSError):  # somebody put something else into it
-            segment.rmdir()
-
-
-def _number(segment: Path) -> int:
-    return int(segment.name.removeprefix("segment-"))
-
-
-def _size(segment: Path) -> int:
-    return sum(path.stat().st_size for path in segment.iterdir())
-
-
-def _claim(directory: Path, metadata: Mapping[str, Any]) -> int:
-    """Make the folder a recording with this metadata, or see that it is one, and lock it. Returns the lock's file."""
-    content = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}))
-    path = directory / METADATA_FILE
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(directory.iterdir()):
-                raise ValueError(f"{directory} is not empty and not a recording; expected a new folder")
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(content, indent=2))
-            draft.replace(path)
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"cannot record into {directory}: {error}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        recorded = read_metadata(directory)
-        different = sorted(key for key in {*content, *recorded} if content.get(key) != recorded.get(key))
-        if different:
-            raise ValueError(f"{directory} is a recording of something else: {different} differ; give another folder")
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another process records into {directory}") from None
-    except ValueError:
-        os.close(descriptor)
-        raise
-    return descriptor
