@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from serving import SIZES, config
 
 from pi0_engine.cli import main
 from pi0_engine.config import EngineConfig
 from pi0_engine.serving.latency import SHELLS, measure_shells
+from serving import SIZES, config
 
 
 def test_shells_are_timed_from_the_inside_out() -> None:
