@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 TORCH := 2.13.0
+# The client that robots run, to test the server with. Without its dependencies: it asks for numpy 1 and runs on numpy 2.
+OPENPI_CLIENT := 0.1.2
 # Where torch is built without CUDA: a download of 0.2 GB instead of several.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -21,7 +23,11 @@ CODE := setup.py python kernels engine benchmarks tests
 OUTPUT := build/gpu
 BUDGET := 480
 
-.PHONY: help demo test test-full gpu lint format typecheck clean
+# What `make fuzz` sends.
+MESSAGES := 100000
+SEED := 0
+
+.PHONY: help demo test test-full fuzz gpu lint format typecheck clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +40,9 @@ test: lint  ## lint, then all tests
 
 test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
 	$(BIN)/pytest -m full_size -s
+
+fuzz: $(VENV)/.dev  ## hostile clients against the policy server, a long run (MESSAGES= SEED=)
+	$(BIN)/python tests/fuzz_server.py --messages $(MESSAGES) --seed $(SEED)
 
 # Not in .venv: the Python given brings torch, Triton and pytest, and nothing is installed into it.
 gpu:  ## on a machine with an NVIDIA GPU: build, GPU tests, benchmarks, one table last (PYTHON= OUTPUT= BUDGET=)
@@ -84,4 +93,5 @@ $(VENV)/.torch: $(VENV)/.python
 $(VENV)/.plot $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "installing pi0-engine [$*]"
 	@$(PIP) install -e '.[$*]'
+	@if [ $* = dev ]; then $(PIP) install --no-deps openpi-client==$(OPENPI_CLIENT); fi
 	@touch $@

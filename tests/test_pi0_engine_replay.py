@@ -12,19 +12,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import tiny_config
 from pi0_engine.cli import main
 from pi0_engine.commands.replay import default_tolerance
-from pi0_engine.config import EngineConfig
+from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
 from pi0_engine.guards import check
 from pi0_engine.normalization import NormStats
+from pi0_engine.observation import Observation as ReadObservation
+from pi0_engine.observation import read_observation
 from pi0_engine.policy import Pi0Policy, SubtaskPlanner
 from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.recording import Recorder, RecordingPolicy, describe_engine, describe_policy
+from pi0_engine.recording import Recorder, RecordingPolicy, as_sent, describe_engine, describe_policy
 from pi0_engine.recording_files import Record, Recording
+from pi0_engine.robot_files import robot_names
+from pi0_engine.robots import get_robot
+from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer_files import demo_tokenizer
 
 SEED = 4
+#: Runs in milliseconds: 4 patches per camera, and as many words as the demo's tokenizer has.
+MODEL = Pi0Config(
+    "pi0",
+    vision=SiglipConfig(width=36, depth=2, num_heads=3, mlp_dim=52, image_size=28),
+    llm=GemmaConfig(40, 2, 56, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=2048),
+    expert=GemmaConfig(28, 2, 44, num_heads=4, num_kv_heads=1, head_dim=16),
+)
 
 
 def observation(seed: int) -> dict[str, Any]:
@@ -44,15 +55,18 @@ def robot_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_policy(robot: str | Path, dtype: str = "float32", seed: int | None = None) -> Pi0Policy:
+def make_policy(
+    robot: str | Path, dtype: str = "float32", seed: int | None = None, rtc: RtcConfig | None = None
+) -> Pi0Policy:
     return Pi0Policy.from_checkpoint(
-        RandomCheckpoint(tiny_config("pi0"), SEED),
+        RandomCheckpoint(MODEL, SEED),
         robot=robot,
-        config=tiny_config("pi0"),
+        config=MODEL,
         engine=EngineConfig(dtype=dtype),  # type: ignore[arg-type]
         tokenizer=demo_tokenizer(),
         norm_stats=NormStats.identity(),
         seed=seed,
+        rtc=rtc or RtcConfig(),
     )
 
 
@@ -141,6 +155,36 @@ def test_guards_are_applied_again(robot_file: Path, tmp_path: Path, capsys: pyte
         recorder.write(Record(observation(0), guarded_reply, seed=1))
     assert replay(capsys, tmp_path)["max_rel_l2"] == 0
     assert replay(capsys, tmp_path, "--robot", "libero", expect=1)["wrong"] == 1  # which has no guards
+
+
+def test_a_continued_chunk_repeats_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = make_policy("libero_delta", rtc=RtcConfig(execution_horizon=20))
+    with Recorder(tmp_path, describe_policy(policy, random_weights=SEED)) as recorder:
+        recorded = RecordingPolicy(policy, recorder, seed=0)
+        first = recorded.infer(observation(0))["actions"]
+        noise = np.zeros((50, 32), np.float32)
+        leftover = Leftover(first[8:], 4)
+        second = recorded.infer(observation(2), noise=noise, leftover=leftover)
+    assert second["rtc"]["used"]
+    alone = policy.infer(observation(2), noise=noise)["actions"]
+    assert np.abs(second["actions"] - alone).max() > 1e-3  # the leftover counts
+    assert replay(capsys, tmp_path)["max_rel_l2"] == 0
+    metadata = json.loads((tmp_path / "recording.json").read_text())
+    (tmp_path / "recording.json").write_text(json.dumps({**metadata, "rtc": {"execution_horizon": 5}}))
+    assert [row["rel_l2"] > 0 for row in replay(capsys, tmp_path, expect=1)["rows"]] == [False, True]
+
+
+@pytest.mark.parametrize("name", robot_names())
+def test_a_read_observation_is_recorded_as_it_would_be_sent(name: str) -> None:
+    robot, random = get_robot(name), np.random.default_rng(0)
+    frames = {c.slot: random.integers(0, 256, (12, 16, 3), dtype=np.uint8) for c in robot.cameras if c.slot is not None}
+    given = ReadObservation(frames, random.standard_normal(robot.state_dim), "go")
+    sent = as_sent(given, robot)
+    again = read_observation(sent, robot)
+    np.testing.assert_array_equal(again.state, given.state)
+    assert again.prompt == "go" and list(again.frames) == list(frames)
+    for slot, frame in frames.items():
+        np.testing.assert_array_equal(again.frames[slot], frame)
 
 
 # --- another policy ------------------------------------------------------------------------------------------------

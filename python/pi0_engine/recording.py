@@ -18,10 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0_engine.benchmark import describe_machine
 from pi0_engine.engine.runtime import Engine
+from pi0_engine.observation import Observation as ReadObservation
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.recording_files import Record, encode_record
 from pi0_engine.recording_store import SegmentStore
 from pi0_engine.robot_files import declaration
+from pi0_engine.robots import Robot
+from pi0_engine.rtc import Leftover
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +158,7 @@ class RecordingPolicy:
         seed: int | None = None,
         num_samples: int = 1,
         num_steps: int | None = None,
-        **further: Any,
+        leftover: Leftover | None = None,
     ) -> dict[str, Any]:
         """As :meth:`Pi0Policy.infer`, for one observation. A call that raises is not recorded."""
         if not isinstance(observation, Mapping):
@@ -171,7 +174,7 @@ class RecordingPolicy:
             raise ValueError("both noise and seed are given, expected at most one")
         start: NDArray[np.float32] = np.array(noise, dtype=np.float32)
         reply = self.policy.infer(
-            observation, prompt=prompt, noise=start, num_samples=num_samples, num_steps=num_steps, **further
+            observation, prompt=prompt, noise=start, num_samples=num_samples, num_steps=num_steps, leftover=leftover
         )
         self.recorder.write(
             Record(
@@ -181,12 +184,26 @@ class RecordingPolicy:
                 prompt=prompt,
                 num_samples=num_samples,
                 num_steps=num_steps,
-                leftover=further.get("leftover"),
+                leftover=leftover,
                 latency_ms=1e3 * (time.perf_counter() - started),
                 time=time.time(),
             )
         )
         return reply
+
+
+def as_sent(observation: ReadObservation, robot: Robot) -> dict[str, Any]:
+    """An observation that was read already as a map for a :class:`Record`: the robot would read the same from it."""
+    values: dict[str, Any] = {}
+    for camera in robot.cameras:
+        if camera.slot in observation.frames:
+            frame = observation.frames[camera.slot]
+            values[camera.key] = frame.transpose(2, 0, 1) if camera.layout == "chw" else frame
+    start = 0
+    for part in robot.state:
+        values[part.key] = observation.state[start : start + part.size]
+        start += part.size
+    return {**values, robot.prompt_key: observation.prompt}
 
 
 def describe_policy(policy: Pi0Policy, **sources: Any) -> dict[str, Any]:
@@ -198,9 +215,9 @@ def describe_policy(policy: Pi0Policy, **sources: Any) -> dict[str, Any]:
     """
     return {
         "version": importlib.metadata.version("pi0-engine"),
-        **({"rtc": dataclasses.asdict(policy.rtc)} if hasattr(policy, "rtc") else {}),
         "robot": declaration(policy.transform.robot),
         "model": policy.config.to_dict(),
+        "rtc": dataclasses.asdict(policy.rtc),
         "sources": {name: value for name, value in sources.items() if value is not None},
         "engine": describe_engine(policy.engine),
     }

@@ -130,7 +130,6 @@ class Replay:
         if model.checkpoint is None and model.random_weights is None:
             raise ValueError("the recording does not say its checkpoint: give --checkpoint or --random-weights")
         is_random, engine = model.random_weights is not None, _map(metadata, "engine")
-        further: dict[str, Any] = {"rtc": _rtc(_map(metadata, "rtc"))} if "rtc" in metadata else {}
         return Pi0Policy.from_checkpoint(
             model.open(fallback_config=config),
             robot=robot,
@@ -144,7 +143,7 @@ class Replay:
             norm_stats=self.norm_stats or _value(source, "norm_stats") or (NormStats.identity() if is_random else None),
             asset_id=self.asset_id or _value(source, "asset_id"),
             progress=show_progress(self.json),
-            **further,
+            rtc=_rtc(_map(metadata, "rtc")),
         )
 
     def _compare(self, recording: Recording, policy: Pi0Policy, view: RerunFile | None) -> list[dict[str, Any]]:
@@ -210,7 +209,6 @@ def compare(policy: Pi0Policy, record: Record) -> tuple[dict[str, Any], NDArray[
 
 def _answer(policy: Pi0Policy, record: Record) -> NDArray[np.float32]:
     """The policy's actions, behind the robot's guards if the recorded ones were."""
-    leftover: dict[str, Any] = {} if record.leftover is None else {"leftover": record.leftover}
     reply = policy.infer(
         record.observation,
         prompt=record.prompt,
@@ -218,7 +216,7 @@ def _answer(policy: Pi0Policy, record: Record) -> NDArray[np.float32]:
         seed=record.seed,
         num_samples=record.num_samples,
         num_steps=record.num_steps,
-        **leftover,
+        leftover=record.leftover,
     )
     actions: NDArray[np.float32] = reply["actions"]
     if record.reply.get("guards") is not None:
