@@ -16,6 +16,7 @@ from pi0_engine.commands.options import Backend, Dtype, ModelOptions, show_progr
 from pi0_engine.config import EngineConfig
 from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy
+from pi0_engine.recording import Recorder, describe_policy
 from pi0_engine.robots import Robot, get_robot
 from pi0_engine.rtc import RtcConfig
 from pi0_engine.serving.access import Keys
@@ -74,6 +75,10 @@ class Serve:
     """Largest message, in 10^6 bytes."""
     drain_s: float = 10.0
     """After SIGTERM, how long answers under way may take."""
+    record: str | None = None
+    """Write observations and answers into this directory (docs/recording.md)."""
+    record_gb: float = 10.0
+    """Of them, keep the newest so many 10^9 bytes."""
     verbose: bool = False
     """Also log every refused message."""
 
@@ -93,6 +98,7 @@ class Serve:
         service = Service(
             lambda: self._load(robot),
             ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata)),
+            record=self._recorder if self.record else None,
         )
         server = PolicyServer(service, options, on_ready=lambda address: print(f"ready on {address}", flush=True))
         asyncio.run(_until_signalled(server))
@@ -112,6 +118,12 @@ class Serve:
             rtc=self.rtc,
             progress=show_progress(False),
         )
+
+    def _recorder(self, policy: Pi0Policy) -> Recorder:
+        assert self.record is not None
+        sources = {**vars(self.model), "tokenizer": self.tokenizer, "norm_stats": self.norm_stats}
+        metadata = describe_policy(policy, **sources, asset_id=self.asset_id, seed=self.seed)
+        return Recorder(self.record, metadata, max_bytes=int(self.record_gb * 1e9))
 
 
 async def _until_signalled(server: PolicyServer) -> None:
