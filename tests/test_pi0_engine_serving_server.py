@@ -379,6 +379,20 @@ def test_alive_from_the_start_ready_after_the_warm_up() -> None:
     running.ended.result(PATIENCE_S)
 
 
+def test_a_server_can_be_stopped_while_it_loads() -> None:
+    gated = Gated.make()
+    gated.gate.clear()
+    running = serving(lambda: gated, drain_s=0.1)
+    gated.wait_until_entered()
+    with websocket.connect(f"ws://127.0.0.1:{running.port_while_loading}", compression=None) as early:
+        running.stop()
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            early.recv(PATIENCE_S)
+    running.ended.result(PATIENCE_S)
+    assert not running.address.done()
+    gated.gate.set()
+
+
 def test_metrics_count_what_happened(server: BackgroundServer) -> None:
     with connect(server.port) as connection:
         before = http(server.port, "/metrics")[1]
