@@ -17,14 +17,10 @@ from pi0_engine.commands.replay import default_tolerance
 from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
 from pi0_engine.guards import check
 from pi0_engine.normalization import NormStats
-from pi0_engine.observation import Observation as ReadObservation
-from pi0_engine.observation import read_observation
 from pi0_engine.policy import Pi0Policy, SubtaskPlanner
 from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.recording import Recorder, RecordingPolicy, as_sent, describe_engine, describe_policy
+from pi0_engine.recording import Recorder, RecordingPolicy, describe_engine, describe_policy
 from pi0_engine.recording_files import Record, Recording
-from pi0_engine.robot_files import robot_names
-from pi0_engine.robots import get_robot
 from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer_files import demo_tokenizer
 
@@ -172,19 +168,6 @@ def test_a_continued_chunk_repeats_to_the_bit(tmp_path: Path, capsys: pytest.Cap
     metadata = json.loads((tmp_path / "recording.json").read_text())
     (tmp_path / "recording.json").write_text(json.dumps({**metadata, "rtc": {"execution_horizon": 5}}))
     assert [row["rel_l2"] > 0 for row in replay(capsys, tmp_path, expect=1)["rows"]] == [False, True]
-
-
-@pytest.mark.parametrize("name", robot_names())
-def test_a_read_observation_is_recorded_as_it_would_be_sent(name: str) -> None:
-    robot, random = get_robot(name), np.random.default_rng(0)
-    frames = {c.slot: random.integers(0, 256, (12, 16, 3), dtype=np.uint8) for c in robot.cameras if c.slot is not None}
-    given = ReadObservation(frames, random.standard_normal(robot.state_dim), "go")
-    sent = as_sent(given, robot)
-    again = read_observation(sent, robot)
-    np.testing.assert_array_equal(again.state, given.state)
-    assert again.prompt == "go" and list(again.frames) == list(frames)
-    for slot, frame in frames.items():
-        np.testing.assert_array_equal(again.frames[slot], frame)
 
 
 # --- another policy ------------------------------------------------------------------------------------------------

@@ -18,12 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0_engine.benchmark import describe_machine
 from pi0_engine.engine.runtime import Engine
-from pi0_engine.observation import Observation as ReadObservation
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.recording_files import Record, encode_record
 from pi0_engine.recording_store import SegmentStore
 from pi0_engine.robot_files import declaration
-from pi0_engine.robots import Robot
 from pi0_engine.rtc import Leftover
 
 log = logging.getLogger(__name__)
@@ -190,20 +188,6 @@ class RecordingPolicy:
             )
         )
         return reply
-
-
-def as_sent(observation: ReadObservation, robot: Robot) -> dict[str, Any]:
-    """An observation that was read already as a map for a :class:`Record`: the robot would read the same from it."""
-    values: dict[str, Any] = {}
-    for camera in robot.cameras:
-        if camera.slot in observation.frames:
-            frame = observation.frames[camera.slot]
-            values[camera.key] = frame.transpose(2, 0, 1) if camera.layout == "chw" else frame
-    start = 0
-    for part in robot.state:
-        values[part.key] = observation.state[start : start + part.size]
-        start += part.size
-    return {**values, robot.prompt_key: observation.prompt}
 
 
 def describe_policy(policy: Pi0Policy, **sources: Any) -> dict[str, Any]:
