@@ -213,6 +213,7 @@ def test_the_tolerance_is_reasoned() -> None:
 def test_what_decides_rounding_is_described(policy: Pi0Policy) -> None:
     described = describe_engine(policy.engine)
     assert (described["device"], described["dtype"], described["backend"]) == ("cpu", "float32", "auto")
+    assert (described["attention"], described["launch_configs"]) == ("auto", None)
     assert set(described["machine"]) == {"device", "threads", "torch"}
 
 
@@ -254,6 +255,7 @@ def test_errors_and_torn_records_are_told(
         ({"sources": {"random_weights": "0"}}, "random_weights is '0', expected int"),
         ({"engine": []}, "engine is [], expected a map"),
         ({"engine": {"dtype": "int4"}}, "dtype is 'int4'"),
+        ({"engine": {"attention": "all you need"}}, "attention is 'all you need'"),
         ({"model": {"model_type": "pi9"}}, "'pi9'"),
         ({"robot": {"name": 1}}, "cameras is missing"),
         ({"robot": None}, "the file is None, expected keys with values"),

@@ -213,6 +213,6 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
     return {
         "device": engine.device.type,
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "backend": engine.engine_config.backend,
+        **{name: getattr(engine.engine_config, name) for name in ("backend", "attention", "launch_configs")},
         "machine": {name: machine[name] for name in ("device", "threads", "torch")},
     }

@@ -71,6 +71,8 @@ class Replay:
     device: str | None = None
     dtype: Dtype | None = None
     backend: Backend | None = None
+    launch_configs: str | None = None
+    """Launch configurations that `pi0-engine tune` wrote, instead of those shipped: a GPU rounds by them."""
     limit: int | None = None
     """Only the first so many records."""
     tolerance: float | None = None
@@ -138,6 +140,8 @@ class Replay:
                 device=self.device or _value(engine, "device") or "cpu",
                 dtype=self.dtype or _value(engine, "dtype") or "auto",
                 backend=self.backend or _value(engine, "backend") or "auto",
+                attention=_value(engine, "attention") or "auto",
+                launch_configs=self.launch_configs,
             ),
             tokenizer=self.tokenizer or _value(source, "tokenizer") or (demo_tokenizer() if is_random else None),
             norm_stats=self.norm_stats or _value(source, "norm_stats") or (NormStats.identity() if is_random else None),
