@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -96,3 +97,26 @@ def test_what_cannot_be_served_is_said_in_a_line(capsys: pytest.CaptureFixture[s
     assert "max_waiting is 0" in error("--max-waiting", "0")
     assert main(["serve", "--robot", "r2d2", "--random-weights", "0"]) == 2
     assert "r2d2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_what_was_served_is_recorded_and_replayed(
+    tmp_path: Path, end: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = tmp_path / "recorded"
+    with process(tmp_path, "--record", str(recorded)) as (server, port):
+        with websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection:
+            connection.recv(PATIENCE_S)
+            for number in range(6):
+                rtc = {"rtc": {"executed": 2, "delay": 1}} if number > 2 else {}
+                connection.send(packb({**observation(seed=number), "pi0_engine": {"request": number, **rtc}}))
+                assert unpackb(connection.recv(PATIENCE_S))["request"] == number
+        deadline = time.monotonic() + PATIENCE_S
+        while end == signal.SIGKILL and len(list(recorded.rglob("*.safetensors"))) < 6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.send_signal(end)
+        server.wait(PATIENCE_S)
+    assert main(["replay", str(recorded), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] and result["compared"] >= (6 if end == signal.SIGTERM else 5)
+    assert main(["replay", str(recorded), "--json", "--random-weights", "1"]) == 1  # other weights, other actions

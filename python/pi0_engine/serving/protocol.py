@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -48,6 +49,7 @@ class Request:
 
     Attributes:
         observation: by the robot's declaration; None in a message that only resets.
+        sent: the observation as it came, for a recording.
         name: what the client calls the request; echoed.
         reset: begin a new episode first.
         seed: of the noise from here on; None goes on with the session's.
@@ -57,6 +59,7 @@ class Request:
     """
 
     observation: Observation | None
+    sent: Mapping[str, Any] = field(default_factory=dict)
     name: int | str | None = None
     reset: bool = False
     seed: int | None = None
@@ -95,7 +98,7 @@ def read_request(data: bytes | str, robot: Robot) -> Request:
             )
     except ValueError as error:
         raise Refusal("bad_observation", str(error), name) from error
-    return dataclasses.replace(request, observation=observation)
+    return dataclasses.replace(request, observation=observation, sent=tree)
 
 
 def _name(asked: Any) -> int | str | None:
