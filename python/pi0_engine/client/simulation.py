@@ -1,0 +1,304 @@
+"""What latency does to a robot's motion: control loops in virtual time, around a real policy of random weights.
+
+Nobody sleeps and nothing is timed: an inference takes as long as the network that is being simulated says. So a run
+depends on its seed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0_engine.client.connection import ConnectionLost
+from pi0_engine.client.control import Answer, ChunkControl, Request
+from pi0_engine.client.sources import LocalSource
+from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
+from pi0_engine.normalization import NormStats
+from pi0_engine.policy import Pi0Policy
+from pi0_engine.random_weights import RandomCheckpoint
+from pi0_engine.robots import get_robot
+from pi0_engine.rtc import Leftover, RtcConfig
+from pi0_engine.tokenizer_files import demo_tokenizer
+
+Strategy = Literal["synchronous", "asynchronous", "real-time chunking"]
+
+#: ALOHA with absolute actions: a command is a joint angle.
+ROBOT = "aloha_sim"
+#: Runs in milliseconds: its chunks mean nothing, but come from the same code as any other's.
+MODEL = Pi0Config(
+    "pi0",
+    vision=SiglipConfig(width=48, depth=2, num_heads=2, mlp_dim=96, image_size=28),
+    llm=GemmaConfig(64, 2, 128, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=2048),
+    expert=GemmaConfig(64, 2, 128, num_heads=2, num_kv_heads=1, head_dim=32),
+    max_token_len=48,
+    action_horizon=50,
+)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is simulated.
+
+    Attributes:
+        latency_ms: from an observation to its chunk, on average.
+        jitter_ms: the latency is uniform within so much of its average; never below 0.
+        drop: probability that an answer is lost; that is noticed when it should have been there.
+        control_hz: control steps per second.
+        seconds: of the run.
+        seed: of latencies, losses and the policy's noise.
+        execute: actions of each chunk that the synchronous loop executes, as openpi's ``ActionChunkBroker`` does.
+        replan_after: of the asynchronous loops; None: the next inference begins when the last has ended.
+        rtc: how chunks continue each other.
+    """
+
+    latency_ms: float = 150.0
+    jitter_ms: float = 50.0
+    drop: float = 0.02
+    control_hz: float = 50.0
+    seconds: float = 10.0
+    seed: int = 0
+    execute: int = 25
+    replan_after: int | None = None
+    rtc: RtcConfig = RtcConfig(execution_horizon=25)  # noqa: RUF009  (frozen)
+
+    def __post_init__(self) -> None:
+        for name in ("latency_ms", "jitter_ms"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected milliseconds, 0 or more")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop is {self.drop}, expected a probability")
+        if not (0 < self.control_hz < np.inf and 1 <= self.seconds * self.control_hz < 1e6):
+            raise ValueError(
+                f"control_hz is {self.control_hz} and seconds {self.seconds}, expected 1 to a million control steps"
+            )
+        if not 1 <= self.execute <= MODEL.action_horizon:
+            raise ValueError(f"execute is {self.execute}, expected 1 to {MODEL.action_horizon} actions")
+
+    @property
+    def steps(self) -> int:
+        return round(self.seconds * self.control_hz)
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """One control step: the command, and where it is from.
+
+    Attributes:
+        action: float32 [A], None where nothing was sent.
+        held: there was no action for this step.
+        chunk: number of the inference that it is of, None where it was held.
+        late_s: how much later it is executed than its chunk means it to be.
+        stale: of an observation that is older than the loop allows, or of another episode.
+    """
+
+    action: NDArray[np.float32] | None
+    held: bool
+    chunk: int | None = None
+    late_s: float = 0.0
+    stale: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a robot was sent, step by step, and what it says about the loop.
+
+    Attributes:
+        commands: float32 [steps, A]; NaN where nothing was sent.
+        held: bool [steps].
+        seams: steps whose command is of another chunk than the last command that was of one.
+        jumps: float32 [seams], the largest change of any joint from the command before: rad.
+        inferences: how many were begun.
+        late_s: float [executed actions].
+        stale: actions executed that should not have been.
+    """
+
+    commands: NDArray[np.float32]
+    held: NDArray[np.bool_]
+    seams: NDArray[np.int64]
+    jumps: NDArray[np.float32]
+    inferences: int
+    late_s: NDArray[np.float64]
+    stale: int
+
+    @classmethod
+    def of(cls, sent: list[Sent], inferences: int) -> Run:
+        width = next(s.action.size for s in sent if s.action is not None) if any(s.action is not None for s in sent) else 1
+        nothing = np.full(width, np.nan, np.float32)
+        commands = np.stack([nothing if s.action is None else s.action for s in sent])
+        seams, last = [], None
+        for step, s in enumerate(sent):
+            if s.chunk is not None:
+                if last is not None and s.chunk != last:
+                    seams.append(step)
+                last = s.chunk
+        at = np.array(seams, np.int64)
+        return cls(
+            commands=commands,
+            held=np.array([s.held for s in sent]),
+            seams=at,
+            jumps=np.abs(commands[at] - commands[at - 1]).max(axis=1, initial=0.0),
+            inferences=inferences,
+            late_s=np.array([s.late_s for s in sent if s.chunk is not None]),
+            stale=sum(s.stale for s in sent),
+        )
+
+    def summary(self) -> dict[str, float]:
+        """Numbers for a table: jumps in rad, lateness in ms."""
+        return {
+            "inferences": self.inferences,
+            "held_steps": int(self.held.sum()),
+            "seams": len(self.seams),
+            "seam_jump_mean": float(self.jumps.mean()) if self.jumps.size else 0.0,
+            "seam_jump_max": float(self.jumps.max(initial=0.0)),
+            "late_ms_mean": 1e3 * float(self.late_s.mean()) if self.late_s.size else 0.0,
+            "stale_actions": self.stale,
+        }
+
+
+class NoisyPolicy:
+    """A π0 of random weights whose chunks look like motions.
+
+    Such a chunk is mostly the noise that it starts from. Noise that is smooth over the chunk gives smooth motions, a
+    new one with every inference: the worst case of a policy that changes its mind, which is what makes seams.
+    """
+
+    def __init__(self, policy: Pi0Policy, seed: int) -> None:
+        self._policy, self._rng = policy, np.random.default_rng([seed, 1])
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def infer(self, observation: Mapping[str, Any], *, leftover: Leftover | None = None) -> dict[str, Any]:
+        options = {} if leftover is None else {"leftover": leftover}
+        return self._policy.infer(observation, noise=self._noise(), **options)
+
+    def _noise(self) -> NDArray[np.float32]:
+        """float32 [H, action_dim]: three slow waves per dimension, of random height and phase."""
+        config = self._policy.config
+        waves = np.arange(1, 4)[:, None, None]
+        time = np.arange(config.action_horizon)[None, :, None] / config.action_horizon
+        heights = self._rng.standard_normal((3, 1, config.action_dim)) / waves
+        phases = self._rng.uniform(0, 2 * np.pi, (3, 1, config.action_dim))
+        noise: NDArray[np.float32] = (heights * np.sin(np.pi * waves * time + phases)).sum(axis=0).astype(np.float32)
+        return noise
+
+
+class Network:
+    """How long each inference takes, and whether its answer arrives."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        self._conditions, self._rng = conditions, np.random.default_rng([conditions.seed, 2])
+
+    def draw(self) -> tuple[float, bool]:
+        """(seconds, whether the answer is lost)."""
+        c = self._conditions
+        latency_ms = c.latency_ms + c.jitter_ms * self._rng.uniform(-1, 1)
+        return 1e-3 * max(0.0, latency_ms), bool(self._rng.random() < c.drop)
+
+
+def simulate(strategy: Strategy, conditions: Conditions) -> Run:
+    """One run of a control loop in virtual time.
+
+    ``synchronous``: openpi's ``ActionChunkBroker``: the loop waits for each chunk, and executes it from its first
+    action on. ``asynchronous``: :class:`ChunkRunner`'s loop, chunks by time stamp. ``real-time chunking``: the same,
+    and each chunk continues the one before.
+    """
+    policy = NoisyPolicy(_policy(conditions.rtc), conditions.seed)
+    robot = _Robot()
+    if strategy == "synchronous":
+        return _synchronous(conditions, policy, robot)
+    return _asynchronous(conditions, LocalSource(policy, rtc=strategy == "real-time chunking"), robot)
+
+
+def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: _Robot) -> Run:
+    network, sent, inferences = Network(conditions), [], 0
+    observed_at, due, lost = 0.0, -1.0, True
+    actions, executed = np.zeros((0, 0), np.float32), conditions.execute
+    for now in _times(conditions):
+        if executed >= conditions.execute and now >= due:
+            if lost:  # there is no chunk, or none came: ask (again)
+                seconds, lost = network.draw()
+                observed_at, due, inferences = now, now + seconds, inferences + 1
+                asked = robot.observe()
+            if not lost and now >= due:
+                actions, executed, lost = policy.infer(asked)["actions"], 0, True
+        if executed < conditions.execute:
+            late_s = now - observed_at - executed / conditions.control_hz
+            sent.append(Sent(robot.act(actions[executed]), False, inferences, late_s))
+            executed += 1
+        else:
+            sent.append(Sent(robot.last, True))
+    return Run.of(sent, inferences)
+
+
+def _asynchronous(conditions: Conditions, source: LocalSource, robot: _Robot) -> Run:
+    # A minute without an answer: what the watchdog does is not what is compared here.
+    control = ChunkControl(control_hz=conditions.control_hz, replan_after=conditions.replan_after, watchdog_s=60.0)
+    network, sent = Network(conditions), []
+    pending: tuple[float, Request, Answer | None] | None = None
+    numbers: dict[int, int] = {}  # of a chunk, by the control step of its observation
+    for now in _times(conditions):
+        if pending is not None and now >= pending[0]:
+            _, request, answer = pending
+            pending = None
+            if answer is None:
+                control.fail(ConnectionLost("the answer was lost"))
+            else:
+                control.finish(request, answer, now)
+        step, begun = control.step(now, robot.observe() if control.wants_observation() else None)
+        if begun is not None:
+            seconds, lost = network.draw()
+            pending = now + seconds, begun, None if lost else source.chunk(begun)
+        if step.chunk is None or step.action is None or step.index is None:
+            sent.append(Sent(robot.last, True))
+            continue
+        number = numbers.setdefault(step.chunk.tick, len(numbers))
+        observed_at = step.chunk.expires_at - len(step.chunk) / conditions.control_hz
+        late_s = now - observed_at - step.index / conditions.control_hz
+        stale = now > step.chunk.expires_at or step.chunk.epoch != control.epoch
+        sent.append(Sent(robot.act(step.action), False, number, late_s, stale))
+    return Run.of(sent, control.statistics.requests)
+
+
+class _Robot:
+    """Joints that are where they were last told to be, and cameras that see nothing new."""
+
+    def __init__(self) -> None:
+        robot = get_robot(ROBOT)
+        random = np.random.default_rng(0)
+        self._frames = {
+            camera.key.removeprefix("images/"): random.integers(0, 256, (3, 28, 28), dtype=np.uint8)
+            for camera in robot.cameras
+            if camera.slot is not None
+        }
+        self._joints = np.zeros(robot.state_dim, np.float32)
+        self.last: NDArray[np.float32] | None = None
+
+    def observe(self) -> dict[str, Any]:
+        return {"state": self._joints.copy(), "images": self._frames}
+
+    def act(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        self.last = self._joints = action.copy()
+        return self.last
+
+
+def _times(conditions: Conditions) -> list[float]:
+    return [step / conditions.control_hz for step in range(conditions.steps)]
+
+
+@functools.lru_cache(maxsize=2)
+def _policy(rtc: RtcConfig) -> Pi0Policy:
+    return Pi0Policy.from_checkpoint(
+        RandomCheckpoint(MODEL, seed=0),
+        robot=dataclasses.replace(get_robot(ROBOT), action_horizon={}),
+        engine=EngineConfig(dtype="float32"),
+        tokenizer=demo_tokenizer(),
+        norm_stats=NormStats.identity(),
+        rtc=rtc,
+    )
