@@ -38,10 +38,22 @@ def flow_step(
     space: Workspace,
     rows: int,
 ) -> None:
-    """x <- x + dt * velocity(x, t); the first ``rows`` rows of the suffix go through the expert."""
+    """x <- x + dt * velocity(x, t), guided (``guidance.py``); the expert runs over the suffix's first ``rows`` rows."""
     embed_actions(ops, action, terms, space)
     for index, layer in enumerate(layers):
         with ops.range(f"expert layer {index}"):
             expert_layer(ops, config, index, layer, terms, space, rows)
     x = space.suffix[: space.plan.action_rows]
-    ops.rmsnorm_linear_euler(x, terms.out, terms.out_bias, actions=space["actions"], scratch=space.scratch)
+    ops.rmsnorm_linear_euler(
+        x,
+        terms.out,
+        terms.out_bias,
+        space["previous"],
+        space["prefix_weights"],
+        space["max_weight"],
+        terms.guidance_weight,
+        terms.time,
+        terms.dt,
+        actions=space["actions"],
+        scratch=space.scratch,
+    )

@@ -22,7 +22,7 @@ def run(
     space: Workspace,
     lap: Callable[[str], None],
 ) -> None:
-    """From ``patches``, ``prompt``, ``state`` and noise in ``actions`` to actions in ``actions``.
+    """From ``patches``, ``prompt``, ``state``, a chunk to continue and noise in ``actions`` to actions in ``actions``.
 
     ``lap`` is called with its name when a stage has been issued.
     """

@@ -177,6 +177,10 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
         Buffer("cache_v", (llm.depth, tokens, llm.kv_dim), dtype, PREFIX, FLOW),
         Buffer("state", (plan.state_rows, config.action_dim), f32, VISION, FLOW),
         Buffer("actions", (actions, config.action_dim), f32, VISION, FLOW),
+        # The chunk that this one continues (guidance.py); zeros where there is none.
+        Buffer("previous", (actions, config.action_dim), f32, VISION, FLOW),
+        Buffer("prefix_weights", (actions,), f32, VISION, FLOW),
+        Buffer("max_weight", (1,), f32, VISION, FLOW),
         Buffer("action_hidden", (actions, expert.width), f32, FLOW, FLOW),
         *_stream_buffers("suffix", suffix, expert.width, dtype, FLOW, FLOW),
         Buffer("suffix_q", (suffix, expert.q_dim), dtype, FLOW, FLOW),

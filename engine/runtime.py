@@ -20,13 +20,14 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.engine import pipeline
 from pi0_engine.engine.choices import choose_ops, resolve_device, resolve_dtype
 from pi0_engine.engine.graph import CapturedGraph
+from pi0_engine.engine.guidance import Guide
 from pi0_engine.engine.memory import check_free_memory, reporting_memory
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
 from pi0_engine.engine.time_terms import TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.frames import staging_size
-from pi0_engine.inputs import ModelInputs
+from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.kernels.registry import Ops
 from pi0_engine.kernels.stream import Scratch
 
@@ -76,7 +77,14 @@ class Engine:
         self._sessions: OrderedDict[ShapePlan, Session] = OrderedDict()
         self._observed: tuple[Session, int] | None = None
 
-    def infer(self, inputs: ModelInputs, noise: Tensor, *, num_steps: int | None = None) -> Inference:
+    def infer(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        *,
+        num_steps: int | None = None,
+        continuation: Guide | None = None,
+    ) -> Inference:
         """Draw action chunks.
 
         Args:
@@ -84,15 +92,16 @@ class Engine:
             noise: float32 [B, samples, H, action_dim], standard normal; its shape says how many candidate chunks to
                 draw per observation and how long they are.
             num_steps: Euler steps; the checkpoint's own number where None.
+            continuation: the chunks that these continue, one per observation; its samples share it.
 
         Raises:
-            ValueError: inputs or noise that the model cannot take, or actions that are not finite.
+            ValueError: inputs, noise or a continuation that the model cannot take, or actions that are not finite.
             MemoryError: the GPU has no room for the buffers of a new shape.
         """
         inputs.validate(self.config)
-        self._check_noise(noise, inputs.batch)
+        self._check_start(noise, continuation, inputs.batch)
         plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps)
-        return self._run("infer", self.session(plan), plan, inputs, noise)
+        return self._run("infer", self.session(plan), plan, inputs, noise, continuation)
 
     def observe(
         self, inputs: ModelInputs, *, samples: int = 1, horizon: int | None = None, num_steps: int | None = None
@@ -115,25 +124,27 @@ class Engine:
         plan = self._plan_of(inputs, samples, horizon, num_steps)
         return self._run("observe", self.session(plan), plan, inputs, None).seconds
 
-    def sample(self, noise: Tensor) -> Inference:
+    def sample(self, noise: Tensor, *, continuation: Guide | None = None) -> Inference:
         """The second half of ``infer``: chunks for what was observed last, as often as wanted.
 
         Args:
             noise: float32 [B, samples, H, action_dim], of the sizes that ``observe`` was told.
+            continuation: as in :meth:`infer`, for these chunks only.
 
         Raises:
-            ValueError: nothing was observed since the last ``infer``, or noise of another shape.
+            ValueError: nothing was observed since the last ``infer``, or noise or a continuation of another shape.
         """
         if self._observed is None:
             raise ValueError("there is no observation to sample from: call observe first (infer forgets it)")
         session, num_steps = self._observed
         plan = session.plan
-        self._check_noise(noise, plan.batch)
+        self._check_start(noise, continuation, plan.batch)
         if noise.shape[1:3] != (plan.samples, plan.horizon):
             raise ValueError(
                 f"noise is {list(noise.shape)}, observed for {plan.samples} samples of horizon {plan.horizon}"
             )
-        return self._run("sample", session, dataclasses.replace(plan, num_steps=num_steps), None, noise)
+        plan = dataclasses.replace(plan, num_steps=num_steps)
+        return self._run("sample", session, plan, None, noise, continuation)
 
     @property
     def takes_frames(self) -> bool:
@@ -228,7 +239,13 @@ class Engine:
         return session.graphs[key]
 
     def _run(
-        self, part: str, session: Session, plan: ShapePlan, inputs: ModelInputs | None, noise: Tensor | None
+        self,
+        part: str,
+        session: Session,
+        plan: ShapePlan,
+        inputs: ModelInputs | None,
+        noise: Tensor | None,
+        continuation: Guide | None = None,
     ) -> Inference:
         """Load what is given, run the part, fetch the actions if there are any."""
         # Before the clock starts, so that a new shape is not timed as a stage.
@@ -240,7 +257,7 @@ class Engine:
             if inputs is not None:
                 session.load_observation(inputs, self._embed)
             if noise is not None:
-                session.load_noise(noise)
+                session.load_noise(noise, continuation)
             clock.lap("inputs", wait=graph is None)
             if graph is None:
                 self._issue(part, session, plan, clock.lap)
@@ -254,7 +271,7 @@ class Engine:
         with _current(self.device):
             actions = session.actions()
         if not bool(torch.isfinite(actions).all()):
-            raise ValueError("the model computed NaN or infinity from finite inputs: are the weights finite?")
+            raise NotFiniteError("the model computed NaN or infinity from finite inputs: are the weights finite?")
         return Inference(actions, clock.seconds)
 
     def _issue(self, part: str, session: Session, plan: ShapePlan, lap: Callable[[str], None]) -> None:
@@ -286,13 +303,15 @@ class Engine:
         """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""
         return self.weights.embed_tokens[tokens].float() * math.sqrt(self.config.llm.width)
 
-    def _check_noise(self, noise: Tensor, batch: int) -> None:
+    def _check_start(self, noise: Tensor, continuation: Guide | None, batch: int) -> None:
         expected = f"float32 [{batch}, samples, horizon, {self.config.action_dim}]"
         fits = noise.ndim == 4 and noise.shape[0] == batch and noise.shape[3] == self.config.action_dim
         if not fits or noise.dtype != torch.float32 or noise.numel() == 0:
             raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}, expected {expected}")
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise contains NaN or infinity")
+        if continuation is not None:
+            continuation.validate(self.config, batch, noise.shape[2])
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pi0_engine.config import Pi0Config
 from pi0_engine.engine.graph import CapturedGraph
+from pi0_engine.engine.guidance import Guide
 from pi0_engine.engine.plan import ShapePlan, Workspace
 from pi0_engine.frames import FrameStaging
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.stream import Scratch
 
-#: What an observation fills; noise goes into "actions".
+#: What an observation fills, and what the start of a chunk does: noise goes into "actions".
 _OBSERVATION = ("prompt", "state", "lengths", "suffix_positions")
+_START = ("actions", "previous", "prefix_weights", "max_weight")
 
 
 class Session:
@@ -38,7 +40,7 @@ class Session:
         self.space.set_lengths(torch.full((plan.batch,), plan.prefix))
         self.graphs: dict[tuple[str, int], CapturedGraph] = {}
         cameras = ("pixels", "table") if plan.frames else ("patches",)
-        self._device_inputs = {name: self._on_device(name) for name in (*cameras, *_OBSERVATION, "actions")}
+        self._device_inputs = {name: self._on_device(name) for name in (*cameras, *_OBSERVATION, *_START)}
         self._staged = {name: _host_twin(tensor) for name, tensor in self._device_inputs.items()}
         if plan.frames:
             pixels, table = (self._staged[name].numpy() for name in cameras)
@@ -85,10 +87,19 @@ class Session:
             cut_patches(inputs.pixels[b, slot], self._config.vision.patch_size, out=patches)
         self._upload("patches")
 
-    def load_noise(self, noise: Tensor) -> None:
-        """float32 [B, samples, H, action_dim]."""
-        self._staged["actions"].copy_(noise.flatten(0, 2))
-        self._upload("actions")
+    def load_noise(self, noise: Tensor, continuation: Guide | None = None) -> None:
+        """float32 [B, samples, H, action_dim], and the chunk that all samples of an observation continue, if any."""
+        staged = self._staged
+        staged["actions"].copy_(noise.flatten(0, 2))
+        if continuation is None:
+            for name in _START[1:]:
+                staged[name].zero_()
+        else:
+            chunks = noise.shape[:3]
+            staged["previous"].view(noise.shape).copy_(continuation.previous[:, None].expand(noise.shape))
+            staged["prefix_weights"].view(chunks).copy_(continuation.weights[:, None].expand(chunks))
+            staged["max_weight"].fill_(continuation.max_weight)
+        self._upload(*_START)
 
     def actions(self) -> Tensor:
         """float32 [B, samples, H, action_dim] on the CPU: a copy. Waits for the GPU."""

@@ -40,9 +40,11 @@ class StepTerms:
     """What one flow step adds to the weights.
 
     ``embed_bias`` float32 [W]; ``input_norms`` and ``mlp_norms`` one :class:`Modulation` per layer; ``out`` [A, W] and
-    ``out_bias`` [A] float32, the final norm and dt folded in.
+    ``out_bias`` [A] float32, the final norm and dt folded in. ``time`` runs from 1 to 0, so ``dt`` is negative.
     """
 
+    time: float
+    dt: float
     embed_bias: Tensor
     input_norms: tuple[Modulation, ...]
     mlp_norms: tuple[Modulation, ...]
@@ -52,6 +54,16 @@ class StepTerms:
     def scale_after_layer(self, index: int) -> Tensor | None:
         """adaRMS scale of the norm that reads what layer ``index`` wrote; the final norm's is in ``out``."""
         return self.input_norms[index + 1].scale if index + 1 < len(self.input_norms) else None
+
+    @property
+    def guidance_weight(self) -> float:
+        """How strongly real-time chunking pulls in this step, before it is bounded; infinite at time 1.
+
+        (1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2 with tau = 1 - time: equation 2 of Real-Time Execution of
+        Action Chunking Flow Policies, whose time runs the other way.
+        """
+        t = self.time
+        return (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t < 1 else math.inf
 
 
 def flow_grid(num_steps: int) -> tuple[list[float], float]:
@@ -106,7 +118,9 @@ class TimeTerms:
             plain = (Modulation(),) * depth
             biases = self._pi0_biases(embedding).to(self._device)
             out, out_bias = out.to(self._device), out_bias.to(self._device)
-            return tuple(StepTerms(bias, plain, plain, out, out_bias) for bias in biases)
+            return tuple(
+                StepTerms(time, dt, bias, plain, plain, out, out_bias) for time, bias in zip(times, biases, strict=True)
+            )
         cond = F.silu(self._linear("time_mlp_out", F.silu(self._linear("time_mlp_in", embedding))))
         inputs, mlps = [], []
         for index, layer in enumerate(self._layers):
@@ -119,8 +133,8 @@ class TimeTerms:
         out_biases = (F.linear(shift, out) + out_bias).to(self._device)
         bias = self._read("action_in_proj.bias").to(self._device)
         return tuple(
-            StepTerms(bias, tuple(m[s] for m in inputs), tuple(m[s] for m in mlps), outs[s], out_biases[s])
-            for s in range(num_steps)
+            StepTerms(time, dt, bias, tuple(m[s] for m in inputs), tuple(m[s] for m in mlps), outs[s], out_biases[s])
+            for s, time in enumerate(times)
         )
 
     def _pi0_biases(self, embedding: Tensor) -> Tensor:

@@ -165,15 +165,49 @@ def rmsnorm_mlp_residual(
     linear_residual(hidden, down, None, gate, next_scale, residual=residual, scratch=scratch)
 
 
-def _rmsnorm_linear_euler_cost(x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch) -> Cost:
-    return Cost(gemm_flops(x.x, weight), nbytes(x.x, x.square_sums, weight, bias, actions, actions))
+def _rmsnorm_linear_euler_cost(
+    x: Stream,
+    weight: Tensor,
+    bias: Tensor,
+    previous: Tensor,
+    prefix_weights: Tensor,
+    max_weight: Tensor,
+    step_weight: float,
+    time: float,
+    dt: float,
+    *,
+    actions: Tensor,
+    scratch: Scratch,
+) -> Cost:
+    guide = nbytes(previous, prefix_weights, max_weight)
+    return Cost(gemm_flops(x.x, weight), nbytes(x.x, x.square_sums, weight, bias, actions, actions) + guide)
 
 
 @op(cost=_rmsnorm_linear_euler_cost, triton="gpu.linear")
-def rmsnorm_linear_euler(x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch) -> None:
-    """One Euler step: actions float32 [rows, A] += normed @ weight [A, K]^T + bias.
+def rmsnorm_linear_euler(
+    x: Stream,
+    weight: Tensor,
+    bias: Tensor,
+    previous: Tensor,
+    prefix_weights: Tensor,
+    max_weight: Tensor,
+    step_weight: float,
+    time: float,
+    dt: float,
+    *,
+    actions: Tensor,
+    scratch: Scratch,
+) -> None:
+    """One Euler step: actions float32 [rows, A] += y - g (time y + dt (previous - actions)).
 
-    dt is folded into both, the final norm's scale into ``weight``, its shift into ``bias``. All of it is float32: this
-    is the path by which the actions' precision leaves the network.
+    y = normed @ weight [A, K]^T + bias is dt times the velocity: dt is folded into both, the final norm's scale into
+    ``weight``, its shift into ``bias``. All of it is float32: this is the path by which the actions' precision leaves
+    the network.
+
+    g = min(step_weight, max_weight) * prefix_weights pulls a row towards ``previous`` float32 [rows, A] (docs/rtc.md);
+    ``prefix_weights`` float32 [rows] and ``max_weight`` float32 [1] are data, so that a captured graph serves every
+    chunk. Where g is 0 the step is the plain one, bit for bit; ``previous`` must be finite even there.
     """
-    actions.add_(gemm(rms_normalize(x.x, None).to(weight.dtype), weight, bias))
+    y = gemm(rms_normalize(x.x, None).to(weight.dtype), weight, bias)
+    g = (max_weight.clamp(max=step_weight) * prefix_weights)[:, None]
+    actions.add_(y - g * (time * y + dt * (previous - actions)))

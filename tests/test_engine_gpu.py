@@ -22,6 +22,7 @@ from models import (
     small_config,
 )
 from pi0_engine.config import EngineConfig, ModelType, Pi0Config
+from pi0_engine.engine.guidance import Guide
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import record_launches
 from pi0_engine.kernels.gpu.target import target_of
@@ -153,6 +154,22 @@ def test_a_new_instruction_captures_nothing(model_type: ModelType, device: str) 
     assert len(running._sessions) == 2 and len(graphs(running)) == 2 * per_plan
     check(2)
     assert len(running._sessions) == 2 and session.graphs == captured
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_continuing_a_chunk_captures_nothing(model_type: ModelType, device: str) -> None:
+    """What a chunk is pulled towards is contents of buffers; without a pull the actions are the plain ones."""
+    config = small_config(model_type)
+    running, inputs, noise = fresh_engine(config, device=device), random_inputs(config), random_noise(config)
+    plain = running.infer(inputs, noise).actions
+    captured = graphs(running)
+    for max_weight in (10.0, 2.0):
+        guide = Guide(random_noise(config)[:, 0] - 1, torch.tensor([[1.0, 0.7, 0.4, 0.0, 0.0]]), max_weight)
+        expected = fresh_engine(config, device="cpu", backend="torch").infer(inputs, noise, continuation=guide).actions
+        assert rel_l2(running.infer(inputs, noise, continuation=guide).actions, expected) <= 3e-6
+        assert torch.equal(running.infer(inputs, noise).actions, plain)
+    assert graphs(running) == captured and len(running._sessions) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,6 +13,7 @@ import torch
 import golden
 from models import MODEL_TYPES, engine, fresh_engine, random_inputs, random_noise, rel_l2, small_config
 from pi0_engine.config import ModelType, Pi0Config
+from pi0_engine.engine.guidance import Guide
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import record_launches
@@ -117,6 +118,24 @@ def test_halves_are_the_whole(model_type: ModelType, launch_configs: str | None)
     expected = running.infer(inputs, noise).actions
     running.observe(inputs)
     assert torch.equal(running.sample(noise).actions, expected)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_chunk_that_continues_another(model_type: ModelType, launch_configs: str | None) -> None:
+    """Guided by the Euler step's kernel; without weights the step is the plain one, bit for bit."""
+    config = small_config(model_type)
+    inputs, noise = random_inputs(config, [[True, False, False]], [3]), random_noise(config, samples=2)
+    weights = torch.tensor([[1.0, 1.0, 0.6, 0.2, 0.0]])
+    guide = Guide(random_noise(config)[:, 0] - 1, weights, 5.0)
+    expected = engine(config, backend="torch").infer(inputs, noise, continuation=guide).actions
+    running = triton_engine(config, launch_configs)
+    error = rel_l2(running.infer(inputs, noise, continuation=guide).actions, expected)
+    print(f"{model_type}: relative L2 {error:.2e}")
+    assert error <= 3e-6
+    plain = running.infer(inputs, noise).actions
+    nothing = Guide(guide.previous, torch.zeros_like(weights), 5.0)
+    assert torch.equal(running.infer(inputs, noise, continuation=nothing).actions, plain)
+    assert len(running._sessions) == 1
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

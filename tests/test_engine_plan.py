@@ -133,6 +133,9 @@ def test_buffers_of_a_small_model() -> None:
         "cache_v": (3, 11, 16),
         "state": (1, 7),
         "actions": (10, 7),
+        "previous": (10, 7),
+        "prefix_weights": (10,),
+        "max_weight": (1,),
         "action_hidden": (10, 28),
         "suffix_x": (11, 28),
         "suffix_rounded": (11, 28),
@@ -145,6 +148,7 @@ def test_buffers_of_a_small_model() -> None:
     }
     streams = {f"{name}_{part}" for name in ("vision", "prefix", "suffix") for part in ("x", "square_sums")}
     ends = {"patches", "vision_sums", "prompt", "state", "actions", "action_hidden"}
+    ends |= {"previous", "prefix_weights", "max_weight"}
     assert {name for name, b in buffers.items() if b.dtype == torch.float32} == streams | ends
     config = small_config("pi05")
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[3], samples=2)
@@ -165,13 +169,14 @@ def test_a_partial_sum_per_64_columns() -> None:
 
 def test_full_size_works_in_38_megabytes() -> None:
     """The prefix stage needs most, and the arena has no byte beyond it. By hand, per row of the 532: the stream, its
-    rounded copy and 32 sums; queries, attention and MLP; keys and values of 18 layers. And what waits for the flow.
+    rounded copy and 32 sums; queries, attention and MLP; keys and values of 18 layers. And what waits for the flow:
+    prompt, noise and the chunk to continue; state and weights of that chunk, each within 256 bytes; their bound.
     """
     config = Pi0Config("pi0")
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[20])
     _, size = place_buffers(plan_buffers(config, plan, torch.bfloat16))
     row = 4 * 2048 + 2 * 2048 + 4 * 32 + 2 * 2 * 2048 + 2 * 16384 + 2 * 18 * 2 * 256
-    assert size == 532 * row + 4 * (20 * 2048 + 32 + 50 * 32)
+    assert size == 532 * row + 4 * (20 * 2048 + 2 * 50 * 32) + 2 * 256 + 4
     assert 37.9e6 < size < 38.9e6
 
 
@@ -186,6 +191,7 @@ def test_what_is_read_later_lives_until_then(model_type: ModelType) -> None:
     assert {buffers[name] for name in ("prefix_x", "prefix_rounded", "prefix_square_sums")} == {(VISION, PREFIX)}
     assert buffers["cache_k"] == buffers["cache_v"] == (PREFIX, FLOW)
     assert buffers["state"] == buffers["actions"] == (VISION, FLOW)
+    assert {buffers[name] for name in ("previous", "prefix_weights", "max_weight")} == {(VISION, FLOW)}
     assert {times for name, times in buffers.items() if name.startswith("suffix")} == {(FLOW, FLOW)}
 
 

@@ -96,7 +96,7 @@ def test_bytes_of_a_small_flow_by_hand() -> None:
     attention = 2 * 6 * 64 + 2 * 11 * 16 + 2 * 6 * 16
     out = 6 * 64 + 28 * 64 + 6 * 28 + 6 * 57
     mlp = 6 * 29 + 2 * 44 * 28 + 28 * 44 + 2 * 6 * 44 + 6 * 28 + 6 * 57
-    euler = 5 * 29 + 7 * 28 + 7 + 2 * 5 * 7
+    euler = 5 * 29 + 7 * 28 + 7 + 2 * 5 * 7 + (5 * 7 + 5 + 1)
     flow = work_per_stage(count_work(config, plan, torch.float32))["flow"]
     assert flow.bytes == 4 * (state + embed + 3 * (qkv + attention + out + mlp) + euler)
 

@@ -44,6 +44,7 @@ LAYERS = [
     [
         "pi0_engine.policy",
         "pi0_engine.benchmark",
+        "pi0_engine.continuation",
         "pi0_engine.op_calls",
         "pi0_engine.plots",
         "pi0_engine.profiling",

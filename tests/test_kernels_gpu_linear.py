@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -114,13 +115,17 @@ def test_patch_embed(images: int, patches: int, config: LaunchConfig, dtype: tor
 @pytest.mark.parametrize(("rows", "k"), [(1, 48), (50, 200), (65, 72)])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_rmsnorm_linear_euler(rows: int, k: int, actions: int, splits: int, dtype: torch.dtype) -> None:
-    """float32 throughout, whatever the engine's dtype: the rounded copy is not read."""
+    """float32 throughout, whatever the engine's dtype: the rounded copy is not read. Pulled by all, some or no rows."""
     p, f32 = Problem("euler", dtype), torch.float32
     stream = p.stream(rows, k)
     stream.rounded.fill_(torch.nan)
-    args = (stream, p.weight(actions, k, f32), p.vector(actions))
+    previous, pulled = p.randn(rows, actions, dtype=f32), torch.linspace(1, 0, rows)
     config = LaunchConfig(block_m=16, block_n=16, block_k=32, splits=splits, tma=rows == 50)
-    check_kernel("rmsnorm_linear_euler", config, args, {"actions": p.randn(rows, actions, dtype=f32)}, f32)
+    for weights, time in ((pulled, 1.0), (pulled, 0.25), (torch.zeros(rows), 0.5)):
+        step_weight = math.inf if time == 1 else 3.5
+        guide = (previous, weights, torch.tensor([2.0 if time == 1 else 9.0]), step_weight, time, -0.1)
+        args = (stream, p.weight(actions, k, f32), p.vector(actions), *guide)
+        check_kernel("rmsnorm_linear_euler", config, args, {"actions": p.randn(rows, actions, dtype=f32)}, f32)
 
 
 def test_fewer_parts_where_working_memory_ends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def centred(w: Tensor) -> Tensor:
 def modulation(adarms: bool, width: int, out_features: int) -> tuple[Tensor | None, Tensor | None]:
     """adaRMS's scale, and a bias that stands for its shift behind the linear layer."""
     return (1 + 0.3 * randn(width), 0.3 * randn(out_features)) if adarms else (None, None)
+
+
+def no_pull(rows: int, actions: int) -> tuple[Any, ...]:
+    """Arguments of an Euler step that continues nothing."""
+    return torch.zeros(rows, actions), torch.zeros(rows), torch.ones(1), 1.0, 0.5, -0.1
 
 
 def product(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -91,7 +97,9 @@ def test_norms_have_eps_1e_6() -> None:
     halves = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
     layernorm_linear(stream(x, torch.float32, sums=True), halves, torch.zeros(2), None, out=out, scratch=SCRATCH)
     torch.testing.assert_close(out, expected)
-    rmsnorm_linear_euler(stream(x, torch.float32), torch.eye(2), torch.zeros(2), actions=actions, scratch=SCRATCH)
+    rmsnorm_linear_euler(
+        stream(x, torch.float32), torch.eye(2), torch.zeros(2), *no_pull(1, 2), actions=actions, scratch=SCRATCH
+    )
     torch.testing.assert_close(actions, expected)
     # rmsnorm_geglu of (a, b): gelu(a) * b.
     hidden = unset(1, 1)
@@ -173,8 +181,23 @@ def test_rmsnorm_linear_euler() -> None:
     for width in (13, 150):
         x, w, bias, actions = randn(10, width), weight(7, width), randn(7), randn(10, 7)
         expected = actions.double() + product(x, w, None, bias)
-        rmsnorm_linear_euler(stream(x, BF16), w, bias, actions=actions, scratch=SCRATCH)
+        rmsnorm_linear_euler(stream(x, BF16), w, bias, *no_pull(10, 7), actions=actions, scratch=SCRATCH)
         check(actions, expected, torch.float32)
+
+
+@pytest.mark.parametrize(("step_weight", "max_weight", "bound"), [(math.inf, 3.0, 3.0), (2.5, 3.0, 2.5)])
+def test_rmsnorm_linear_euler_is_pulled(step_weight: float, max_weight: float, bound: float) -> None:
+    """x + dt (v - w W (previous - (x - t v))) with the velocity v; nothing is pulled where W is 0, bit for bit."""
+    x, w, bias, actions, time, dt = randn(10, 13), weight(7, 13), randn(7), randn(10, 7), 0.75, -0.125
+    previous, pull = randn(10, 7), torch.tensor([1, 1, 0.5, 0.25, 0, 0, 0, 0, 0, 0])
+    velocity, before = product(x, w, None, bias) / dt, actions.double()
+    correction = bound * pull.double()[:, None] * (previous.double() - (before - time * velocity))
+    plain = actions.clone()
+    rmsnorm_linear_euler(stream(x, BF16), w, bias, *no_pull(10, 7), actions=plain, scratch=SCRATCH)
+    guide = (previous, pull, torch.tensor([max_weight]), step_weight, time, dt)
+    rmsnorm_linear_euler(stream(x, BF16), w, bias, *guide, actions=actions, scratch=SCRATCH)
+    check(actions, before + dt * (velocity - correction), torch.float32)
+    assert torch.equal(actions[4:], plain[4:]) and (actions[:4] != plain[:4]).all()
 
 
 def test_costs() -> None:
@@ -217,5 +240,7 @@ def test_costs() -> None:
     assert cost == mlp + Cost(0, 4 * (10 + 8 + 8))
 
     actions = unset(6, 7)
-    cost = REGISTRY["rmsnorm_linear_euler"].cost(x, weight(7, 8), randn(7), actions=actions, scratch=SCRATCH)
-    assert cost == Cost(2 * 6 * 7 * 8, 4 * 6 * 8 + 4 * 6 + 4 * (7 * 8 + 7) + 2 * 4 * 6 * 7)
+    arguments = (x, weight(7, 8), randn(7), *no_pull(6, 7))
+    cost = REGISTRY["rmsnorm_linear_euler"].cost(*arguments, actions=actions, scratch=SCRATCH)
+    guide = 4 * (6 * 7 + 6 + 1)
+    assert cost == Cost(2 * 6 * 7 * 8, 4 * 6 * 8 + 4 * 6 + 4 * (7 * 8 + 7) + 2 * 4 * 6 * 7 + guide)

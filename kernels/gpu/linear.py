@@ -34,6 +34,7 @@ from pi0_engine.kernels.stream import Scratch, Stream
 STORE, BEGIN_STREAM, ADD_TO_STREAM, ADD = (tl.constexpr(i) for i in range(4))
 NO_ACTIVATION, GELU, SILU = (tl.constexpr(i) for i in range(3))
 _ACTIVATIONS = {None: NO_ACTIVATION, "gelu": GELU, "silu": SILU}
+_NO_GUIDE = dict.fromkeys(("previous", "prefix_weights", "max_weight", "step_weight", "time", "dt"))
 
 
 @triton.jit
@@ -50,6 +51,12 @@ def linear_kernel(
     out_square_sums,
     out_sums,
     next_scale,  # the other parts of a stream, if out is one
+    previous,  # float32 [rows, N]: what a sum with out is pulled towards, or None
+    prefix_weights,  # float32 [rows]
+    max_weight,  # float32 [1]
+    step_weight,
+    time,
+    dt,  # numbers
     partials,
     counters,
     rows,
@@ -104,7 +111,11 @@ def linear_kernel(
     at = row[:, None] * N + column[None, :]
     mask = (row < rows)[:, None] & (column < N)[None, :]
     if OUTPUT == ADD or OUTPUT == ADD_TO_STREAM:
-        y += tl.load(out + at, mask=mask, other=0.0)
+        before = tl.load(out + at, mask=mask, other=0.0)
+        if previous is not None:
+            g = tl.minimum(step_weight, tl.load(max_weight)) * tl.load(prefix_weights + row, mask=row < rows, other=0.0)
+            y -= g[:, None] * (time * y + dt * (tl.load(previous + at, mask=mask, other=0.0) - before))
+        y += before
     if OUTPUT == STORE or OUTPUT == ADD:
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
     else:
@@ -170,9 +181,31 @@ def patch_embed(
 
 
 def rmsnorm_linear_euler(
-    launcher: Launcher, x: Stream, weight: Tensor, bias: Tensor, *, actions: Tensor, scratch: Scratch
+    launcher: Launcher,
+    x: Stream,
+    weight: Tensor,
+    bias: Tensor,
+    previous: Tensor,
+    prefix_weights: Tensor,
+    max_weight: Tensor,
+    step_weight: float,
+    time: float,
+    dt: float,
+    *,
+    actions: Tensor,
+    scratch: Scratch,
 ) -> None:
-    _launch(launcher, "rmsnorm_linear_euler", x.x, weight, actions, scratch, norm_of=x, bias=bias, add=True)
+    guide = {
+        "previous": previous,
+        "prefix_weights": prefix_weights,
+        "max_weight": max_weight,
+        "step_weight": step_weight,
+        "time": time,
+        "dt": dt,
+    }
+    _launch(
+        launcher, "rmsnorm_linear_euler", x.x, weight, actions, scratch, norm_of=x, bias=bias, add=True, guide=guide
+    )
 
 
 def _launch(
@@ -189,6 +222,7 @@ def _launch(
     gate: Tensor | None = None,
     next_scale: Tensor | None = None,
     add: bool = False,
+    guide: dict[str, Any] | None = None,
 ) -> None:
     """x [rows, K], weight [N, K] of one dtype; the rest as in the kernel."""
     rows, (n, k) = x.shape[0], weight.shape
@@ -210,6 +244,7 @@ def _launch(
         "out_square_sums": stream.square_sums if stream else None,
         "out_sums": stream.sums if stream else None,
         "next_scale": next_scale,
+        **(guide or _NO_GUIDE),
         "partials": scratch.partials,
         "counters": scratch.counters,
         "rows": rows,

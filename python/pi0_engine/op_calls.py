@@ -35,7 +35,7 @@ COLD = (*WEIGHTS, "ahead", "position", "prefix_k", "prefix_v")
 _WORKING = ("scratch", "hidden")
 _UPDATED = ("residual", "actions")
 #: Factors, which are around 1.
-_FACTORS = ("scale", "gate", "next_scale")
+_FACTORS = ("scale", "gate", "next_scale", "max_weight")
 #: Copies of a cold argument at most.
 _MOST_COPIES = 512
 
@@ -256,6 +256,8 @@ class _Filler:
             drawn -= drawn.mean(dim=1, keepdim=True)
         if name in _FACTORS:
             drawn = 1 + 0.1 * drawn
+        if name == "prefix_weights":
+            drawn = drawn.sigmoid()
         return drawn.to(like.dtype)
 
     def _normal(self, shape: Sequence[int]) -> Tensor:

@@ -15,15 +15,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
 from pi0_engine.config import EngineConfig, Pi0Config
+from pi0_engine.continuation import check_mode, continue_chunks
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import NormStats, load_norm_stats
+from pi0_engine.observation import Observation as ReadObservation
 from pi0_engine.robots import Robot, get_robot
+from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer import load_tokenizer
 from pi0_engine.tokenizer_files import find_tokenizer
 from pi0_engine.transforms import ObservationTransform
 
 Observation = Mapping[str, Any]
+
+#: Guided, with lerobot's numbers.
+DEFAULT_RTC = RtcConfig()
 
 
 class SubtaskPlanner:
@@ -63,6 +69,10 @@ class Pi0Policy:
         transform: between the robot and the network; its config gives the action horizon.
         subtask: gives the instruction wherever a call has no ``prompt``; it goes before the observation's own.
         seed: of the noise that starts each chunk; None draws one from the operating system.
+        rtc: how a chunk continues the one in execution, where a call gives a leftover (docs/rtc.md).
+
+    Raises:
+        ValueError: an ``rtc`` mode that the model does not have.
     """
 
     def __init__(
@@ -72,8 +82,10 @@ class Pi0Policy:
         *,
         subtask: SubtaskPlanner | None = None,
         seed: int | None = None,
+        rtc: RtcConfig = DEFAULT_RTC,
     ) -> None:
-        self.engine, self.transform, self.subtask = engine, transform, subtask
+        check_mode(rtc, engine)
+        self.engine, self.transform, self.subtask, self.rtc = engine, transform, subtask, rtc
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
 
@@ -91,6 +103,7 @@ class Pi0Policy:
         asset_id: str | None = None,
         subtask: SubtaskPlanner | None = None,
         seed: int | None = None,
+        rtc: RtcConfig = DEFAULT_RTC,
         progress: bool = False,
     ) -> Pi0Policy:
         """Load everything a robot needs.
@@ -104,6 +117,7 @@ class Pi0Policy:
             tokenizer: sentencepiece ``.model`` or ``tokenizer.json``; None looks beside the checkpoint and in caches.
             norm_stats: statistics, or where to find them; None looks in the checkpoint.
             asset_id: which of the checkpoint's statistics, where it has several.
+            subtask, seed, rtc: as of :class:`Pi0Policy`.
             progress: show a bar while loading.
 
         Raises:
@@ -126,7 +140,7 @@ class Pi0Policy:
         )
         running = Engine(checkpoint, engine, progress=progress)
         transform = dataclasses.replace(transform, raw_frames=running.takes_frames)
-        return cls(running, transform, subtask=subtask, seed=seed)
+        return cls(running, transform, subtask=subtask, seed=seed, rtc=rtc)
 
     @property
     def config(self) -> Pi0Config:
@@ -148,18 +162,19 @@ class Pi0Policy:
 
     def infer(
         self,
-        observation: Observation | Sequence[Observation],
+        observation: Observation | ReadObservation | Sequence[Observation | ReadObservation],
         *,
         prompt: str | None = None,
         noise: ArrayLike | None = None,
         seed: int | None = None,
         num_samples: int = 1,
         num_steps: int | None = None,
+        leftover: Leftover | Sequence[Leftover | None] | None = None,
     ) -> dict[str, Any]:
         """Answer an observation, or a list of B of them, with action chunks.
 
         Args:
-            observation: as the robot's declaration says. Not modified.
+            observation: as the robot's declaration says, or read by it already. Not modified.
             prompt: the instruction; it may change with every call, which costs a table look-up. None takes the
                 subtask planner's, else the observation's, else the robot's default.
             noise: where each chunk starts, float [H, action_dim] (with several samples or observations
@@ -167,26 +182,35 @@ class Pi0Policy:
             seed: draws the noise reproducibly, in place of ``noise``.
             num_samples: candidate chunks per observation; they share its prefix, so further ones are cheap.
             num_steps: Euler flow steps; None takes the checkpoint's (10).
+            leftover: what is left of the chunk in execution, which the new one then continues (all of its samples do):
+                element k of the actions is for the same control step as ``leftover.actions[k]``. Actions beyond the
+                horizon are not used. For a list of observations a list, with None where there is nothing to continue.
 
         Returns:
             ``actions``: float32 [H, A] in robot units, with a leading axis of samples if ``num_samples`` > 1, and
             before it one of observations if a list was given. ``state``: float32 [S] (or [B, S]), as the robot sent
-            it. ``policy_timing``: milliseconds, ``infer_ms`` in all and each stage.
+            it. ``policy_timing``: milliseconds, ``infer_ms`` in all and each stage. ``rtc``: what was made of the
+            leftover, ``{"used": bool, "delay": int, "leftover": int}``: how many of its actions count as executed by
+            then, and how many were used at all (for a list of observations a list).
 
         Raises:
-            ValueError: an observation, prompt or noise that cannot be used, named.
+            ValueError: an observation, prompt, noise or leftover that cannot be used, named.
         """
         started = time.perf_counter()
-        single = isinstance(observation, Mapping)
+        single = not isinstance(observation, Sequence)
         if prompt is None and self.subtask is not None:
             if not isinstance(observation, Mapping):
-                raise ValueError("a subtask planner serves one robot: got a batch of observations; give prompt=")
+                raise ValueError(
+                    "a subtask planner serves one robot, by its observation as a dict: give prompt= instead"
+                )
             prompt = self.subtask.instruction(observation)
         inputs, context = self.transform.prepare(observation, prompt=prompt)
         start = self._noise(noise, seed, inputs.batch, num_samples)
+        leftovers = _per_observation(leftover, inputs.batch, single=single)
+        continuation, used = continue_chunks(leftovers, self.rtc, self.transform, context, start.shape[2])
         prepared = time.perf_counter()
         with self._lock:  # the engine's buffers serve one inference at a time
-            result = self.engine.infer(inputs, start, num_steps=num_steps)
+            result = self.engine.infer(inputs, start, num_steps=num_steps, continuation=continuation)
         computed = time.perf_counter()
         actions = self.transform.finish(result.actions.numpy(), context)
         if num_samples == 1:
@@ -200,6 +224,7 @@ class Pi0Policy:
             "actions": actions[0] if single else actions,
             "state": state[0] if single else state,
             "policy_timing": timing,
+            "rtc": used[0] if single else used,
         }
 
     def _noise(self, noise: ArrayLike | None, seed: int | None, batch: int, num_samples: int) -> torch.Tensor:
@@ -221,6 +246,21 @@ class Pi0Policy:
                 "(leading axes of length 1 may be left out)"
             )
         return torch.from_numpy(shaped)
+
+
+def _per_observation(
+    leftover: Leftover | Sequence[Leftover | None] | None, batch: int, *, single: bool
+) -> list[Leftover | None]:
+    if leftover is None:
+        return [None] * batch
+    if single != isinstance(leftover, Leftover):
+        expected = "a Leftover for one observation" if single else f"a list of {batch}, one for each observation"
+        raise ValueError(f"leftover is a {type(leftover).__name__}, expected {expected}")
+    given: list[Leftover | None] = [leftover] if isinstance(leftover, Leftover) else list(leftover)
+    if len(given) != batch or not all(item is None or isinstance(item, Leftover) for item in given):
+        kinds = [type(item).__name__ for item in given]
+        raise ValueError(f"leftover holds {kinds}, expected {batch} of Leftover or None, one for each observation")
+    return given
 
 
 def _configured(checkpoint: Checkpoint, robot: Robot) -> Pi0Config:

@@ -1,0 +1,49 @@
+"""Real-time chunking inside the flow loop: what an inference takes to continue a chunk (docs/rtc.md).
+
+Guided: the velocity v of a step at time t becomes v - g (previous - (x - t v)), where x - t v is the chunk that the
+step foresees, and g = min(w(t), max_weight) * weights. The correction is taken as it is, without the Jacobian of the
+network, as lerobot does: it needs no backward pass, and is part of the Euler step's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pi0_engine.config import Pi0Config
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Pull chunks towards earlier ones; all samples of an observation are pulled towards the same.
+
+    Attributes:
+        previous: float32 [B, H, action_dim], normalised like the network's actions; element k is of the same control
+            step as element k of the new chunk. Zeros where nothing is left.
+        weights: float32 [B, H], 0 (no pull) to 1, per control step.
+        max_weight: bound of the pull of a flow step.
+    """
+
+    previous: Tensor
+    weights: Tensor
+    max_weight: float
+
+    def validate(self, config: Pi0Config, batch: int, horizon: int) -> None:
+        """Raise ValueError naming what does not fit ``batch`` observations and chunks of ``horizon`` actions."""
+        _check("previous", self.previous, (batch, horizon, config.action_dim))
+        _check("weights", self.weights, (batch, horizon))
+        if not bool(((self.weights >= 0) & (self.weights <= 1)).all()):
+            raise ValueError("the continuation's weights are not all between 0 and 1")
+        if not 0 < self.max_weight < math.inf:
+            raise ValueError(f"the continuation's max_weight is {self.max_weight}, expected a positive number")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+        given = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"the continuation's {name} is {given}, expected float32 {list(shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"the continuation's {name} contains NaN or infinity")

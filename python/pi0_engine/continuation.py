@@ -1,0 +1,85 @@
+"""What is left of a robot's chunk, as the network is told about it: robot units in, the engine's continuation out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.runtime import Engine
+from pi0_engine.rtc import Leftover, RtcConfig, prefix_weights
+from pi0_engine.transforms import Context, ObservationTransform
+
+
+def check_mode(rtc: RtcConfig, engine: Engine) -> None:
+    """Raise ValueError saying why the engine cannot continue chunks in this mode."""
+    if rtc.mode == "trained":
+        raise ValueError("rtc mode 'trained' is not there yet, expected 'guided'")
+
+
+def continue_chunks(
+    leftovers: Sequence[Leftover | None],
+    rtc: RtcConfig,
+    transform: ObservationTransform,
+    context: Context,
+    horizon: int,
+) -> tuple[Guide | None, list[dict[str, Any]]]:
+    """The engine's continuation of B leftovers, and what was made of each.
+
+    Actions relative to the state are anchored anew: to ``context``, whose observations the new chunks answer. The
+    execution horizon ends with what is left, so nothing is ever pulled towards padding, and begins no earlier than the
+    delay: what will have been executed is certain.
+
+    Args:
+        leftovers: one per observation, None where there is nothing to continue.
+        horizon: actions of the new chunks.
+
+    Returns:
+        None where nothing is continued. Of each observation: ``used``, whether anything pulls on the new chunk;
+        ``delay``, no more than is left; ``leftover``, how many of its actions lie within the horizon.
+
+    Raises:
+        ValueError: actions of another robot.
+    """
+    lengths = [0 if leftover is None else min(len(leftover), horizon) for leftover in leftovers]
+    delays = [min(leftover.delay, n) if leftover else 0 for leftover, n in zip(leftovers, lengths, strict=True)]
+    weights = np.stack(
+        [
+            prefix_weights(rtc.schedule, delay, min(max(rtc.execution_horizon, delay), n), horizon)
+            for n, delay in zip(lengths, delays, strict=True)
+        ]
+    )
+    used = [
+        {"used": bool(row.any()), "delay": delay, "leftover": n}
+        for row, delay, n in zip(weights, delays, lengths, strict=True)
+    ]
+    previous = _encode(leftovers, lengths, transform, context, horizon)
+    if not weights.any():
+        return None, used
+    return Guide(torch.from_numpy(previous), torch.from_numpy(weights), float(rtc.max_guidance_weight)), used
+
+
+def _encode(
+    leftovers: Sequence[Leftover | None],
+    lengths: Sequence[int],
+    transform: ObservationTransform,
+    context: Context,
+    horizon: int,
+) -> NDArray[np.float32]:
+    """float32 [B, H, action_dim] in network units, zeros behind what is left."""
+    width = transform.robot.action_dim
+    given = np.zeros((len(leftovers), horizon, width))
+    for row, leftover, n in zip(given, leftovers, lengths, strict=True):
+        if leftover is not None:
+            if leftover.actions.shape[1] != width:
+                shape = list(leftover.actions.shape)
+                raise ValueError(f"leftover actions have shape {shape}, expected [L, {width}]")
+            row[:n] = leftover.actions[:n]
+    encoded = transform.encode_actions(given, context)
+    for row, n in zip(encoded, lengths, strict=True):
+        row[n:] = 0
+    return encoded

@@ -1,0 +1,222 @@
+"""Real-time chunking in the engine: guided sampling against the reference, and against the formula in autograd."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import (
+    MODEL_TYPES,
+    engine,
+    fresh_engine,
+    random_inputs,
+    random_noise,
+    reference,
+    reference_actions,
+    rel_l2,
+    small_config,
+)
+from pi0_engine.config import ModelType, Pi0Config
+from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.runtime import Engine
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.reference import Pi0Reference, flow_times
+from pi0_engine.reference_rtc import sample_guided
+from pi0_engine.rtc import Schedule, prefix_weights
+
+TOLERANCE = 2e-5
+CAMERAS = [[True, True, True], [False, True, False]]
+
+
+def guide_of(
+    config: Pi0Config,
+    schedule: Schedule = "linear",
+    *,
+    delays: tuple[int, ...] = (2,),
+    left: tuple[int, ...] = (4,),
+    horizon: int | None = None,
+    max_weight: float = 10.0,
+    seed: int = 11,
+) -> Guide:
+    """One random earlier chunk per observation, of which ``left`` actions are left; zeros behind them."""
+    horizon = horizon or config.action_horizon
+    previous = torch.randn(len(delays), horizon, config.action_dim, generator=torch.Generator().manual_seed(seed))
+    weights = []
+    for row, delay, length in zip(previous, delays, left, strict=True):
+        row[length:] = 0
+        weights.append(torch.from_numpy(prefix_weights(schedule, delay, min(10, length), horizon)))
+    return Guide(previous, torch.stack(weights), max_weight)
+
+
+def reference_guided(
+    model: Pi0Reference,
+    inputs: ModelInputs,
+    noise: Tensor,
+    guide: Guide,
+    num_steps: int | None = None,
+    jacobian: Any = "identity",
+) -> Tensor:
+    """[B, samples, H, A], each sample a run of its own."""
+    i, pull = inputs, (guide.previous, guide.weights, guide.max_weight)
+    run = (i.images, i.image_masks, i.tokens, i.token_mask, i.state)
+    samples = [
+        sample_guided(model, *run, sample, *pull, jacobian=jacobian, num_steps=num_steps)  # type: ignore[arg-type]
+        for sample in noise.unbind(1)
+    ]
+    return torch.stack(samples, dim=1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "exp", "ones", "zeros"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_guided_chunks_are_the_references(model_type: ModelType, schedule: Schedule) -> None:
+    """Two observations with leftovers of their own, two samples each."""
+    config = small_config(model_type)
+    inputs, noise = random_inputs(config, CAMERAS, [5, 3]), random_noise(config, 2, samples=2)
+    guide = guide_of(config, schedule, delays=(2, 1), left=(4, 3))
+    actions = engine(config).infer(inputs, noise, num_steps=10, continuation=guide).actions
+    expected = reference_guided(reference(config), inputs, noise, guide, 10)
+    assert rel_l2(actions, expected) <= TOLERANCE
+    assert rel_l2(actions, reference_actions(reference(config), inputs, noise, 10)) > 0.01
+
+
+@pytest.mark.parametrize("max_weight", [0.5, 10.0, 1e6])
+@pytest.mark.parametrize(("horizon", "num_steps"), [(1, 1), (3, 5), (9, 4)])
+def test_other_horizons_steps_and_bounds(horizon: int, num_steps: int, max_weight: float) -> None:
+    """One step has nothing but time 1, where the bound alone holds the pull; steps that are not bounded have w(t)."""
+    config = small_config("pi05")
+    inputs, noise = random_inputs(config), random_noise(config, horizon=horizon)
+    guide = guide_of(config, delays=(1,), left=(horizon,), horizon=horizon, max_weight=max_weight)
+    actions = engine(config).infer(inputs, noise, num_steps=num_steps, continuation=guide).actions
+    assert rel_l2(actions, reference_guided(reference(config), inputs, noise, guide, num_steps)) <= TOLERANCE
+
+
+def autograd_sampling(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, guide: Guide, num_steps: int) -> Tensor:
+    """The formula as lerobot 0.6 runs it, written anew: a gradient of x - t v that does not pass through v."""
+    i = inputs
+    prefix, pad = model.embed_prefix(i.images, i.image_masks, i.tokens, i.token_mask)  # type: ignore[arg-type]
+    cache, x = model.prefill(prefix, pad), noise
+    for time, dt in flow_times(num_steps):
+        with torch.no_grad():
+            v = model.velocity(i.state, pad, cache, x, time.expand(len(x)))
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            foreseen = x - time * v
+            error = ((guide.previous - foreseen) * guide.weights[:, :, None]).detach()
+            correction = torch.autograd.grad((foreseen * error).sum(), x)[0]
+        tau = 1 - time
+        weight = torch.nan_to_num((1 - tau) / tau, posinf=guide.max_weight) * ((1 - tau) ** 2 + tau**2) / (1 - tau) ** 2
+        x = (x + dt * (v - weight.clamp(max=guide.max_weight) * correction)).detach()
+    return x
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_closed_form_is_the_gradient_without_the_network(model_type: ModelType) -> None:
+    config = small_config(model_type)
+    inputs, noise, guide = random_inputs(config), random_noise(config), guide_of(config)
+    with torch.no_grad():
+        expected = autograd_sampling(reference(config), inputs, noise[:, 0], guide, 10)
+    actions = engine(config).infer(inputs, noise, num_steps=10, continuation=guide).actions[:, 0]
+    assert rel_l2(actions, expected) <= 1e-5
+
+
+def test_the_full_jacobian_is_another_correction() -> None:
+    """The papers' vector-Jacobian product, as the reference has it, against finite differences of its x1."""
+    from pi0_engine.reference_rtc import guidance_weight, guided_velocity
+
+    config = small_config("pi05")
+    model, i, guide = reference(config), random_inputs(config), guide_of(config)
+    x, time = random_noise(config)[:, 0], torch.tensor(0.5)
+    with torch.no_grad():
+        prefix, pad = model.embed_prefix(i.images, i.image_masks, i.tokens, i.token_mask)
+        cache = model.prefill(prefix, pad)
+        pull = (guide.previous, guide.weights, guide.max_weight)
+        full, identity = (
+            guided_velocity(model, i.state, pad, cache, x, time, *pull, jacobian)  # type: ignore[arg-type]
+            for jacobian in ("full", "identity")
+        )
+
+        def foreseen(at: Tensor) -> Tensor:
+            return at - time * model.velocity(i.state, pad, cache, at, time.expand(1))
+
+        error = guide.weights[..., None] * (guide.previous - foreseen(x))
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        slope = (foreseen(x + 1e-2 * direction) - foreseen(x - 1e-2 * direction)) / 2e-2
+        v = model.velocity(i.state, pad, cache, x, time.expand(1))
+    correction = (v - full) / guidance_weight(time, guide.max_weight)
+    # <J^T error, direction> = <error, J direction>
+    assert float((correction * direction).sum()) == pytest.approx(float((error * slope).sum()), rel=2e-3)
+    assert rel_l2(full, identity) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_weights_nothing_changes_bit_for_bit(model_type: ModelType, dtype: str) -> None:
+    """And nothing of one chunk stays for the next."""
+    config = small_config(model_type)
+    running, inputs, noise = engine(config, dtype), random_inputs(config), random_noise(config, samples=2)
+    plain = running.infer(inputs, noise).actions
+    guide = guide_of(config)
+    assert not torch.equal(running.infer(inputs, noise, continuation=guide).actions, plain)
+    assert torch.equal(running.infer(inputs, noise).actions, plain)
+    nothing = dataclasses.replace(guide, weights=torch.zeros_like(guide.weights))
+    assert torch.equal(running.infer(inputs, noise, continuation=nothing).actions, plain)
+
+
+def test_rows_without_a_weight_are_pulled_by_the_others_alone() -> None:
+    """Where W is 0, what ``previous`` holds is not read: only its finiteness matters."""
+    config = small_config("pi0")
+    inputs, noise, guide = random_inputs(config), random_noise(config), guide_of(config, delays=(2,), left=(3,))
+    other = guide.previous.clone()
+    other[:, 3:] = 1e3
+    expected = engine(config).infer(inputs, noise, continuation=guide).actions
+    actual = engine(config).infer(inputs, noise, continuation=dataclasses.replace(guide, previous=other)).actions
+    assert torch.equal(actual, expected)
+
+
+def test_one_plan_serves_chunks_with_and_without() -> None:
+    """A graph is captured for a plan: guidance is contents of its buffers."""
+    config = small_config("pi05")
+    running, inputs, noise = fresh_engine(config), random_inputs(config), random_noise(config)
+    running.infer(inputs, noise)
+    running.infer(inputs, noise, continuation=guide_of(config))
+    running.infer(inputs, noise, continuation=guide_of(config, "ones", max_weight=3.0))
+    assert len(running._sessions) == 1
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_sample_of_its_own_is_guided(model_type: ModelType) -> None:
+    """The continuation belongs to ``sample``: the same look serves chunks with and without."""
+    config = small_config(model_type)
+    running, inputs, noise, guide = engine(config), random_inputs(config), random_noise(config), guide_of(config)
+    guided, plain = (running.infer(inputs, noise, continuation=c).actions for c in (guide, None))
+    running.observe(inputs)
+    assert torch.equal(running.sample(noise, continuation=guide).actions, guided)
+    assert torch.equal(running.sample(noise).actions, plain)
+    assert torch.equal(running.sample(noise, continuation=guide).actions, guided)
+    with pytest.raises(ValueError, match=r"previous is torch\.float32 \[1, 3, 7\]"):
+        running.sample(noise, continuation=guide_of(config, horizon=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"previous": torch.zeros(2, 5, 7)}, r"previous is torch\.float32 \[2, 5, 7\], expected float32 \[1, 5, 7\]"),
+        ({"previous": torch.zeros(1, 5, 7).double()}, r"previous is torch\.float64"),
+        ({"previous": torch.full((1, 5, 7), torch.nan)}, "previous contains NaN"),
+        ({"weights": torch.zeros(1, 4)}, r"weights is torch\.float32 \[1, 4\], expected float32 \[1, 5\]"),
+        ({"weights": torch.full((1, 5), 1.5)}, "weights are not all between 0 and 1"),
+        ({"weights": torch.full((1, 5), -0.5)}, "weights are not all between 0 and 1"),
+        ({"max_weight": 0.0}, r"max_weight is 0\.0, expected a positive number"),
+        ({"max_weight": float("inf")}, "max_weight is inf"),
+    ],
+)
+def test_an_unusable_guide_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = small_config("pi0")
+    running: Engine = engine(config)
+    guide = dataclasses.replace(guide_of(config), **changes)
+    with pytest.raises(ValueError, match=message):
+        running.infer(random_inputs(config), random_noise(config), continuation=guide)
