@@ -6,30 +6,32 @@ depends on its seed alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pi0_engine.client.connection import ConnectionLost
 from pi0_engine.client.control import Answer, ChunkControl, Request
 from pi0_engine.client.sources import LocalSource
 from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
-from pi0_engine.normalization import NormStats
+from pi0_engine.normalization import Normalizer, NormStats
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.robots import get_robot
+from pi0_engine.robots import Robot, get_robot
 from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer_files import demo_tokenizer
 
 Strategy = Literal["synchronous", "asynchronous", "real-time chunking"]
 
-#: ALOHA with absolute actions: a command is a joint angle.
-ROBOT = "aloha_sim"
+#: Standard deviation of an action of the model's in a joint's units: rad.
+_SPREAD = 0.2
 #: Runs in milliseconds: its chunks mean nothing, but come from the same code as any other's.
 MODEL = Pi0Config(
     "pi0",
@@ -128,8 +130,7 @@ class Run:
 
     @classmethod
     def of(cls, sent: list[Sent], inferences: int) -> Run:
-        width = next(s.action.size for s in sent if s.action is not None) if any(s.action is not None for s in sent) else 1
-        nothing = np.full(width, np.nan, np.float32)
+        nothing = np.full(_robot().action_dim, np.nan, np.float32)
         commands = np.stack([nothing if s.action is None else s.action for s in sent])
         seams, last = [], None
         for step, s in enumerate(sent):
@@ -156,6 +157,7 @@ class Run:
             "seams": len(self.seams),
             "seam_jump_mean": float(self.jumps.mean()) if self.jumps.size else 0.0,
             "seam_jump_max": float(self.jumps.max(initial=0.0)),
+            "largest_step": float(np.nanmax(np.abs(np.diff(self.commands, axis=0)), initial=0.0)),
             "late_ms_mean": 1e3 * float(self.late_s.mean()) if self.late_s.size else 0.0,
             "stale_actions": self.stale,
         }
@@ -175,8 +177,7 @@ class NoisyPolicy:
         self._policy.reset()
 
     def infer(self, observation: Mapping[str, Any], *, leftover: Leftover | None = None) -> dict[str, Any]:
-        options = {} if leftover is None else {"leftover": leftover}
-        return self._policy.infer(observation, noise=self._noise(), **options)
+        return self._policy.infer(observation, noise=self._noise(), leftover=leftover)
 
     def _noise(self) -> NDArray[np.float32]:
         """float32 [H, action_dim]: three slow waves per dimension, of random height and phase."""
@@ -211,36 +212,43 @@ def simulate(strategy: Strategy, conditions: Conditions) -> Run:
     """
     policy = NoisyPolicy(_policy(conditions.rtc), conditions.seed)
     robot = _Robot()
-    if strategy == "synchronous":
-        return _synchronous(conditions, policy, robot)
-    return _asynchronous(conditions, LocalSource(policy, rtc=strategy == "real-time chunking"), robot)
+    with _one_thread():
+        if strategy == "synchronous":
+            return _synchronous(conditions, policy, robot)
+        return _asynchronous(conditions, LocalSource(policy, rtc=strategy == "real-time chunking"), robot)
 
 
 def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: _Robot) -> Run:
-    network, sent, inferences = Network(conditions), [], 0
-    observed_at, due, lost = 0.0, -1.0, True
-    actions, executed = np.zeros((0, 0), np.float32), conditions.execute
+    network = Network(conditions)
+    sent: list[Sent] = []
+    inferences = 0
+    waiting: tuple[float, float, bool, dict[str, Any]] | None = None  # observed at, due, lost, observation
+    observed_at, actions, executed = 0.0, np.zeros((0, 0), np.float32), conditions.execute
     for now in _times(conditions):
-        if executed >= conditions.execute and now >= due:
-            if lost:  # there is no chunk, or none came: ask (again)
+        if executed == conditions.execute:
+            if waiting is None:
                 seconds, lost = network.draw()
-                observed_at, due, inferences = now, now + seconds, inferences + 1
-                asked = robot.observe()
-            if not lost and now >= due:
-                actions, executed, lost = policy.infer(asked)["actions"], 0, True
-        if executed < conditions.execute:
-            late_s = now - observed_at - executed / conditions.control_hz
-            sent.append(Sent(robot.act(actions[executed]), False, inferences, late_s))
-            executed += 1
-        else:
+                waiting = now, now + seconds, lost, robot.observe()
+                inferences += 1
+            if now >= waiting[1]:
+                observed_at, _, lost, observation = waiting
+                if not lost:
+                    actions, executed = policy.infer(observation)["actions"], 0
+                waiting = None
+        if executed == conditions.execute:
             sent.append(Sent(robot.last, True))
+            continue
+        late_s = now - observed_at - executed / conditions.control_hz
+        sent.append(Sent(robot.act(actions[executed]), False, inferences, late_s))
+        executed += 1
     return Run.of(sent, inferences)
 
 
 def _asynchronous(conditions: Conditions, source: LocalSource, robot: _Robot) -> Run:
     # A minute without an answer: what the watchdog does is not what is compared here.
     control = ChunkControl(control_hz=conditions.control_hz, replan_after=conditions.replan_after, watchdog_s=60.0)
-    network, sent = Network(conditions), []
+    network = Network(conditions)
+    sent: list[Sent] = []
     pending: tuple[float, Request, Answer | None] | None = None
     numbers: dict[int, int] = {}  # of a chunk, by the control step of its observation
     for now in _times(conditions):
@@ -248,7 +256,7 @@ def _asynchronous(conditions: Conditions, source: LocalSource, robot: _Robot) ->
             _, request, answer = pending
             pending = None
             if answer is None:
-                control.fail(ConnectionLost("the answer was lost"))
+                control.fail(ConnectionLost("an answer was lost, as simulated"))
             else:
                 control.finish(request, answer, now)
         step, begun = control.step(now, robot.observe() if control.wants_observation() else None)
@@ -270,7 +278,7 @@ class _Robot:
     """Joints that are where they were last told to be, and cameras that see nothing new."""
 
     def __init__(self) -> None:
-        robot = get_robot(ROBOT)
+        robot = _robot()
         random = np.random.default_rng(0)
         self._frames = {
             camera.key.removeprefix("images/"): random.integers(0, 256, (3, 28, 28), dtype=np.uint8)
@@ -288,17 +296,36 @@ class _Robot:
         return self.last
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model is slower on several threads; beside another program that is busy, many times so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _times(conditions: Conditions) -> list[float]:
     return [step / conditions.control_hz for step in range(conditions.steps)]
 
 
+def _robot() -> Robot:
+    """Two arms of seven joints each; a command is fourteen angles."""
+    return dataclasses.replace(get_robot("aloha_sim"), state_maps=(), action_maps=(), action_horizon={})
+
+
 @functools.lru_cache(maxsize=2)
 def _policy(rtc: RtcConfig) -> Pi0Policy:
+    dims = _robot().action_dim
     return Pi0Policy.from_checkpoint(
         RandomCheckpoint(MODEL, seed=0),
-        robot=dataclasses.replace(get_robot(ROBOT), action_horizon={}),
+        robot=_robot(),
         engine=EngineConfig(dtype="float32"),
         tokenizer=demo_tokenizer(),
-        norm_stats=NormStats.identity(),
+        norm_stats=NormStats(
+            Normalizer.identity(), Normalizer.zscore(np.zeros(dims), np.full(dims, _SPREAD)), "of the simulation"
+        ),
         rtc=rtc,
     )
