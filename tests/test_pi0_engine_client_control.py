@@ -102,16 +102,17 @@ def test_a_request_begins_when_the_chunk_is_old_enough() -> None:
 
 
 def test_a_deadline_miss_holds_the_last_command_and_is_counted() -> None:
-    loop = Loop(replan_after=H - 1)
+    loop = Loop(replan_after=H + 1)
     loop.step()
     loop.answer()
     steps = loop.steps(H + 3)
     assert [s.source for s in steps] == ["chunk"] * H + ["hold"] * 3
     for held in steps[H:]:
         np.testing.assert_array_equal(held.action, np.full(DIMS, H - 1.0))
+    assert loop.requests[-1].tick == H + 1 and loop.requests[-1].previous is None  # nothing is left to continue
     loop.answer()
     resumed = loop.step()
-    assert (resumed.source, resumed.tick, resumed.index) == ("chunk", H + 3, H + 3 - (H - 1))
+    assert (resumed.source, resumed.tick, resumed.index) == ("chunk", H + 3, 2)
     assert loop.control.statistics.held == 3 and loop.control.statistics.executed == H + 1
 
 
@@ -212,6 +213,15 @@ def test_the_watchdog_stops_until_reset(caplog: pytest.LogCaptureFixture) -> Non
     loop.step()
     loop.answer()
     assert loop.step().source == "chunk"
+
+
+def test_the_watchdog_is_fed_by_every_new_chunk() -> None:
+    loop = Loop(watchdog_s=0.5)
+    for _ in range(100):
+        loop.step()
+        if loop.open is not None:
+            loop.answer()
+    assert loop.control.state == "running" and loop.control.statistics.executed == 99
 
 
 def test_the_watchdog_also_counts_from_an_episode_s_first_step() -> None:

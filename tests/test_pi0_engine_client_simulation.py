@@ -28,7 +28,7 @@ def test_the_background_takes_the_waiting_away(runs: dict[str, Run]) -> None:
     assert runs["synchronous"].held.sum() > 4 * first_chunk
     for name in STRATEGIES[1:]:
         held = np.flatnonzero(runs[name].held)
-        assert 0 < len(held) <= first_chunk + 2, "chunks of a second bridge a lost answer"
+        assert first_chunk - 2 <= len(held) <= first_chunk + 2, "chunks of a second bridge a lost answer"
         np.testing.assert_array_equal(held, np.arange(len(held)))  # before the first chunk only
 
 

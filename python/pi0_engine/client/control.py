@@ -192,8 +192,7 @@ class ChunkControl:
             return
         lasts_s = self._max_age_s or len(actions) * self._period
         chunk = Chunk(actions, request.tick, request.observed_at + lasts_s, request.epoch, answer.name)
-        stopped = self.state == "stopped" and chunk.epoch == self.epoch
-        reason = "stopped" if stopped else self._schedule.offer(chunk, self.tick, now)
+        reason = "stopped" if self.state == "stopped" else self._schedule.offer(chunk, self.tick, now)
         if reason is not None:
             self.statistics.discarded[reason] += 1
             logger.debug("a chunk was discarded: %s", reason)
