@@ -86,7 +86,7 @@ def test_a_connection_that_broke_between_requests_is_renewed_before_the_next() -
     with policy_server() as server, PolicyClient(server.uri, **QUICK) as client:
         client.infer(OBSERVATION)
         server.connections[0].close()
-        wait_until(lambda: client._socket is not None and client._socket.protocol.state.name == "CLOSED")
+        wait_until(lambda: not client.connected)
         client.reset()  # a new session needs none
         client.infer(OBSERVATION)
         assert client.session == "s2"
@@ -162,7 +162,7 @@ def test_another_robot_s_server_at_the_same_address_is_refused() -> None:
     with policy_server() as server, PolicyClient(server.uri, **QUICK) as client:
         server.metadata = {**METADATA, "robot": "crane"}
         server.connections[0].close()
-        wait_until(lambda: client._socket is not None and client._socket.protocol.state.name == "CLOSED")
+        wait_until(lambda: not client.connected)
         with pytest.raises(PolicyError, match="came back with robot 'crane', it was 'toy'") as caught:
             client.infer(OBSERVATION)
         assert caught.value.code == "server_changed" and server.requests == []
@@ -179,7 +179,7 @@ def test_attempts_are_bounded_and_wait_longer_each_time(monkeypatch: pytest.Monk
     clock = [0.0]
     with policy_server() as server:
         client = PolicyClient(server.uri, reconnect_s=60.0)
-    wait_until(lambda: client._socket is not None and client._socket.protocol.state.name == "CLOSED")
+    wait_until(lambda: not client.connected)
     monkeypatch.setattr(threading.Event, "wait", wait)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with pytest.raises(ConnectionLost, match="cannot connect"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import socket
 import threading
 import time
@@ -385,6 +386,28 @@ def test_a_server_is_told_how_old_the_observation_is_and_when_it_will_be_useless
         assert np.shape(answer.actions) == (10, 3) and answer.name is None
         (asked,) = [r["pi0_engine"] for r in server.requests]
         assert asked["age_ms"] == pytest.approx(100) and asked["deadline_ms"] == pytest.approx(400)
+
+
+def test_an_observation_does_not_wait_for_a_connection(clock: Clock) -> None:
+    """One that broke between two requests is mended before the next observation is taken."""
+    with (
+        policy_server() as server,
+        PolicyClient(server.uri, reply_timeout_s=serving.PATIENCE_S, reconnect_s=serving.PATIENCE_S) as client,
+        ChunkRunner(client, control_hz=HZ, replan_after=5, watchdog_s=60.0, clock=clock) as runner,
+    ):
+        robot = Robot(runner, clock, lambda: TOY)
+        robot.until(accepted(runner, 1))
+        server.refuse = http.HTTPStatus.SERVICE_UNAVAILABLE
+        server.connections[0].close()
+        wait_for(lambda: not client.connected)
+        robot.until(lambda: runner.statistics.errors == {"connection_lost": 1})
+        sent = len(server.requests)
+        robot.steps(20)
+        robot.observe = lambda: {"state": np.full(3, 7.0)}
+        server.refuse = None
+        robot.until(accepted(runner, 2))
+        assert [request["state"].tolist() for request in server.requests[sent:]] == [[7, 7, 7]]
+        robot.check_every_action_was_executed_in_its_own_step()
 
 
 @pytest.mark.parametrize(("session", "asked"), [("s1", {"executed": 4, "delay": 2, "sequence": 7}), ("s0", None)])

@@ -121,6 +121,12 @@ class PolicyClient:
         """The server's name for this connection; another one after a reconnection. None from other servers."""
         return self.metadata.get("session")
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        socket = self._socket
+        return socket is not None and _is_open(socket)
+
     def connect(self) -> None:
         """Connect where there is no connection, within ``reconnect_s``; :meth:`infer` does so by itself.
 
@@ -218,10 +224,9 @@ class PolicyClient:
 
     def _connect(self) -> bool:
         """Whether that needed a new connection."""
-        if self._socket is not None:
-            if _is_open(self._socket):
-                return False
-            self._drop()
+        if self.connected:
+            return False
+        self._drop()
         until, waits = time.monotonic() + self._reconnect_s, _waits()
         while True:
             if self._closed.is_set():

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from pi0_engine.client.connection import PolicyClient
+from pi0_engine.client.connection import ConnectionLost, PolicyClient
 from pi0_engine.client.control import Answer, Request
 from pi0_engine.rtc import Leftover
 
@@ -59,6 +59,8 @@ class RemoteSource:
         self._client.connect()
 
     def chunk(self, request: Request) -> Answer:
+        if not self._client.connected:  # connecting may take long; the runner then takes a newer observation
+            raise ConnectionLost(f"the connection to {self._client.uri} broke between two requests")
         if request.new_episode:
             self._client.reset()
         age_ms = 1e3 * max(0.0, self._clock() - request.observed_at)
