@@ -23,7 +23,11 @@ CODE := setup.py python kernels engine benchmarks tests
 OUTPUT := build/gpu
 BUDGET := 480
 
-.PHONY: help demo test test-full gpu lint format typecheck clean
+# What `make fuzz` sends.
+MESSAGES := 100000
+SEED := 0
+
+.PHONY: help demo test test-full fuzz gpu lint format typecheck clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +40,9 @@ test: lint  ## lint, then all tests
 
 test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
 	$(BIN)/pytest -m full_size -s
+
+fuzz: $(VENV)/.dev  ## hostile clients against the policy server, a long run (MESSAGES= SEED=)
+	$(BIN)/python tests/fuzz_server.py --messages $(MESSAGES) --seed $(SEED)
 
 # Not in .venv: the Python given brings torch, Triton and pytest, and nothing is installed into it.
 gpu:  ## on a machine with an NVIDIA GPU: build, GPU tests, benchmarks, one table last (PYTHON= OUTPUT= BUDGET=)

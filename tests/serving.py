@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -10,9 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,9 @@ from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.robots import Robot, get_robot
+from pi0_engine.serving.background import BackgroundServer
 from pi0_engine.serving.example import example_observation
-from pi0_engine.serving.server import PolicyServer, ServerOptions
+from pi0_engine.serving.server import ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 from pi0_engine.tokenizer_files import demo_tokenizer
 
@@ -79,61 +77,11 @@ def noise(rng: np.random.Generator) -> NDArray[np.float32]:
     return rng.standard_normal((sizes.action_horizon, sizes.action_dim), dtype=np.float32)
 
 
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, service: Service, options: ServerOptions) -> None:
-        self.service = service
-        self.address: Future[str] = Future()
-        self.ended: Future[None] = Future()
-        self._options = options
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def port(self) -> int:
-        return int(self.address.result(PATIENCE_S).rpartition(":")[2])
-
-    def port_while_loading(self) -> int:
-        """Of a server that listens already and is not ready yet."""
-        return int(self._server.address.rpartition(":")[2])
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._server.stop)
-
-    def join(self) -> None:
-        """Wait for the end; raises what the server raised."""
-        self.ended.result(PATIENCE_S)
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            if not self.address.done():
-                self.address.set_exception(error)
-            self.ended.set_exception(error)
-        else:
-            self.ended.set_result(None)
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._server = PolicyServer(self.service, self._options, on_ready=self.address.set_result)
-        await self._server.run()
-
-
-@contextlib.contextmanager
 def serving(
     load: Callable[[], Pi0Policy] = policy, *, service: ServiceOptions | None = None, **options: Any
-) -> Iterator[Running]:
-    """A server on a free port of this machine, stopped at the end."""
-    running = Running(Service(load, service), ServerOptions(port=0, **options))
-    try:
-        running.address.result(PATIENCE_S)
-        yield running
-    finally:
-        if not running.ended.done():
-            running.stop()
-            running.join()
+) -> BackgroundServer:
+    """A server on a free port of this machine."""
+    return BackgroundServer(Service(load, service), ServerOptions(port=0, **options))
 
 
 @contextlib.contextmanager
@@ -144,6 +92,7 @@ def process(tmp_path: Path, *arguments: str, robot: str = "libero", port: int = 
     command = [sys.executable, "-m", "pi0_engine.cli", "serve", "--robot", robot, "--config", str(sizes)]
     command += ["--random-weights", "0", "--dtype", "float32", "--port", str(port), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"  # such small products only wait for a second thread, long on a busy machine
     with open(tmp_path / "log", "ab") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     try:
@@ -155,3 +104,5 @@ def process(tmp_path: Path, *arguments: str, robot: str = "libero", port: int = 
         if child.poll() is None:
             child.send_signal(signal.SIGKILL)
         child.wait(PATIENCE_S)
+        if child.stdout is not None:
+            child.stdout.close()

@@ -106,6 +106,8 @@ def test_what_is_no_observation() -> None:
     assert refused(packb({})).code == "bad_observation"
     nan = example_observation(LIBERO, side=32) | {"observation/state": np.full(8, np.nan)}
     assert refused(packb(nan)).code == "bad_observation"
+    book = example_observation(LIBERO, side=32) | {"prompt": "x" * 5000}
+    assert "the instruction has 5000 characters" in refused(packb(book)).message
 
 
 def test_keys_are_read_and_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ def sessions(count: int) -> list[Session]:
 
 
 def job(session: Session, name: str = "") -> Job:
-    return Job(session, Request(None, name), session.episode, received=0.0)
+    return Job(session, Request(None, name=name), session.episode, received=0.0)
 
 
 def code(future: Future[bytes]) -> str:

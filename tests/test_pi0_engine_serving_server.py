@@ -28,10 +28,11 @@ from pi0_engine.inputs import NotFiniteError
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.rtc import Leftover
 from pi0_engine.serving.access import Keys
+from pi0_engine.serving.background import BackgroundServer
 from pi0_engine.serving.server import ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 from pi0_engine.serving.wire import packb, unpackb
-from serving import PATIENCE_S, Running, fresh_policy, noise, observation, policy, serving
+from serving import PATIENCE_S, fresh_policy, noise, observation, policy, serving
 
 
 @contextlib.contextmanager
@@ -94,7 +95,6 @@ class Gated(Pi0Policy):
 @pytest.fixture(scope="module")
 def server() -> Any:
     with serving() as running:
-        running.address.result(PATIENCE_S)
         yield running
 
 
@@ -122,7 +122,7 @@ def test_openpi_client_gets_what_the_policy_computes(robot: str) -> None:
         assert answer["server_timing"]["prev_total_ms"] > 0
 
 
-def test_openpi_broker_takes_a_chunk_apart(server: Running) -> None:
+def test_openpi_broker_takes_a_chunk_apart(server: BackgroundServer) -> None:
     """It slices every array of a reply by the step: ``actions`` must be the only one."""
     broker = ActionChunkBroker(WebsocketClientPolicy("127.0.0.1", server.port), action_horizon=10)
     steps = [broker.infer(observation()) for _ in range(10)]
@@ -131,7 +131,7 @@ def test_openpi_broker_takes_a_chunk_apart(server: Running) -> None:
     assert not np.array_equal(steps[0]["actions"], steps[9]["actions"])
 
 
-def test_a_thousand_inferences_over_eight_connections(server: Running) -> None:
+def test_a_thousand_inferences_over_eight_connections(server: BackgroundServer) -> None:
     """Everyone gets the answer to his own observation, from his own noise."""
 
     def session(number: int) -> int:
@@ -152,7 +152,7 @@ def test_a_thousand_inferences_over_eight_connections(server: Running) -> None:
         assert sum(pool.map(session, range(8))) == 1000
 
 
-def test_errors_reach_openpi_client_and_the_connection_stays_usable(server: Running) -> None:
+def test_errors_reach_openpi_client_and_the_connection_stays_usable(server: BackgroundServer) -> None:
     client = WebsocketClientPolicy("127.0.0.1", server.port)
     with pytest.raises(RuntimeError, match=r"bad_observation.*observation key 'observation/state' has shape \[3\]"):
         client.infer({**observation(), "observation/state": np.zeros(3)})
@@ -245,7 +245,7 @@ def test_a_reset_begins_anew_and_drops_what_was_under_way() -> None:
         np.testing.assert_array_equal(answer["actions"], expected["actions"])
 
 
-def test_a_chunk_continues_the_one_in_execution(server: Running) -> None:
+def test_a_chunk_continues_the_one_in_execution(server: BackgroundServer) -> None:
     with connect(server.port) as connection, connect(server.port) as other:
 
         def next_chunk(seed: int, **rtc: int) -> Any:
@@ -350,7 +350,7 @@ def test_a_policy_that_cannot_answer_any_more_ends_the_server() -> None:
         with pytest.raises(websockets.exceptions.ConnectionClosed):
             connection.recv(PATIENCE_S)
         with pytest.raises(RuntimeError, match="inference does not work any more: the GPU is lost"):
-            running.join()
+            running.ended.result(PATIENCE_S)
 
 
 def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
@@ -364,10 +364,9 @@ def test_a_policy_that_cannot_be_loaded_ends_the_server() -> None:
 def test_alive_from_the_start_ready_after_the_warm_up() -> None:
     gated = Gated.make()
     gated.gate.clear()
-    service = Service(lambda: gated)
-    running = Running(service, ServerOptions(port=0))
+    running = serving(lambda: gated)
     gated.wait_until_entered()  # the warm-up's inference
-    port = running.port_while_loading()
+    port = running.port_while_loading
     assert http(port, "/healthz") == (200, "OK\n")
     assert http(port, "/readyz") == (503, "not ready\n")
     with websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as early:  # waits for the greeting
@@ -377,10 +376,24 @@ def test_alive_from_the_start_ready_after_the_warm_up() -> None:
         assert unpackb(early.recv(PATIENCE_S))["robot"] == "libero"
     assert running.port == port and http(port, "/readyz") == (200, "ready\n")
     running.stop()
-    running.join()
+    running.ended.result(PATIENCE_S)
 
 
-def test_metrics_count_what_happened(server: Running) -> None:
+def test_a_server_can_be_stopped_while_it_loads() -> None:
+    gated = Gated.make()
+    gated.gate.clear()
+    running = serving(lambda: gated, drain_s=0.1)
+    gated.wait_until_entered()
+    with websocket.connect(f"ws://127.0.0.1:{running.port_while_loading}", compression=None) as early:
+        running.stop()
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            early.recv(PATIENCE_S)
+    running.ended.result(PATIENCE_S)
+    assert not running.address.done()
+    gated.gate.set()
+
+
+def test_metrics_count_what_happened(server: BackgroundServer) -> None:
     with connect(server.port) as connection:
         before = http(server.port, "/metrics")[1]
         assert ask(connection)["code"] == "bad_observation"
@@ -448,7 +461,7 @@ def test_sessions_beyond_the_limit_are_refused_and_room_is_made_again() -> None:
             assert "actions" in ask(comes, **observation()) and "actions" in ask(stays, **observation())
 
 
-def test_a_message_beyond_the_limit_closes_its_connection_alone(server: Running) -> None:
+def test_a_message_beyond_the_limit_closes_its_connection_alone(server: BackgroundServer) -> None:
     with serving(max_message_mb=0.1) as running, connect(running.port) as good:
         with connect(running.port) as bad:
             bad.send(bytes(200_000))
@@ -477,7 +490,7 @@ def test_draining_answers_what_is_under_way_and_says_goodbye() -> None:
         with pytest.raises(websockets.exceptions.ConnectionClosedOK) as caught:
             connection.recv(PATIENCE_S)
         assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
-        running.join()
+        running.ended.result(PATIENCE_S)
 
 
 def test_a_drain_does_not_wait_for_ever() -> None:
@@ -493,7 +506,7 @@ def test_a_drain_does_not_wait_for_ever() -> None:
                 pass
             running.stop()
             assert reply(waiting_one)["code"] == "shutting_down"
-            running.join()
+            running.ended.result(PATIENCE_S)
         gated.gate.set()
 
 
@@ -504,5 +517,5 @@ def test_options_that_make_no_server() -> None:
     with pytest.raises(ValueError, match="max_waiting is 0"):
         ServiceOptions(max_waiting=0)
     with serving() as running, pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1"):
-        taken = Running(Service(policy), ServerOptions(port=running.port))
-        taken.join()
+        taken = BackgroundServer(Service(policy), ServerOptions(port=running.port))
+        taken.ended.result(PATIENCE_S)

@@ -18,6 +18,10 @@ from pi0_engine.robots import Camera, Robot, StatePart
 _PIXEL_SLACK = 1e-3
 
 
+class ObservationError(ValueError):
+    """An observation that cannot be used: the fault is its sender's, not the policy's."""
+
+
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What a robot said.

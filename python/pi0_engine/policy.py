@@ -20,6 +20,7 @@ from pi0_engine.engine.runtime import Engine
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import NormStats, load_norm_stats
 from pi0_engine.observation import Observation as ReadObservation
+from pi0_engine.observation import ObservationError
 from pi0_engine.robots import Robot, get_robot
 from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer import load_tokenizer
@@ -194,7 +195,8 @@ class Pi0Policy:
             then, and how many were used at all (for a list of observations a list).
 
         Raises:
-            ValueError: an observation, prompt, noise or leftover that cannot be used, named.
+            ObservationError: an observation or prompt that cannot be used, named.
+            ValueError: noise or a leftover that cannot be used, named.
         """
         started = time.perf_counter()
         single = not isinstance(observation, Sequence)
@@ -204,7 +206,10 @@ class Pi0Policy:
                     "a subtask planner serves one robot, by its observation as a dict: give prompt= instead"
                 )
             prompt = self.subtask.instruction(observation)
-        inputs, context = self.transform.prepare(observation, prompt=prompt)
+        try:
+            inputs, context = self.transform.prepare(observation, prompt=prompt)
+        except ValueError as error:
+            raise ObservationError(str(error)) from error
         start = self._noise(noise, seed, inputs.batch, num_samples)
         leftovers = _per_observation(leftover, inputs.batch, single=single)
         continuation, used = continue_chunks(leftovers, self.rtc, self.transform, context, start.shape[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -251,3 +252,39 @@ def _limits(section: _Section, action_dim: int) -> tuple[tuple[float, float] | N
     nested = _Section(entries, section.name, section.path)
     numbers = {name: nested.items(name, (int, float)) for name in entries}
     return tuple(numbers.get(f"limits[{i}]") for i in range(len(pairs)))
+
+
+def declaration(robot: Robot) -> dict[str, Any]:
+    """A robot as the content of a robot file, in full: JSON values from which :func:`parse_robot` makes it again."""
+    delta = [(1 if relative else -1) * len(list(run)) for relative, run in itertools.groupby(robot.delta_mask)]
+    return {
+        "name": robot.name,
+        "slots": list(robot.slots),
+        "cameras": {c.key: {"slot": c.slot, "required": c.required, "layout": c.layout} for c in robot.cameras},
+        "state": {
+            "keys": {part.key: part.size for part in robot.state},
+            "maps": [_declared_map(mapping) for mapping in robot.state_maps],
+        },
+        "actions": {
+            "dim": robot.action_dim,
+            "delta": delta,
+            "maps": [_declared_map(mapping) for mapping in robot.action_maps],
+        },
+        "prompt": robot.prompt,
+        "prompt_key": robot.prompt_key,
+        "action_horizon": dict(robot.action_horizon),
+        "discrete_state_input": robot.discrete_state_input,
+        "control_hz": robot.control_hz,
+        "guards": None if robot.guards is None else robot.guards.to_dict(),
+    }
+
+
+def parse_robot(data: Any, where: str | Path) -> Robot:
+    """The robot of a :func:`declaration`; ``where`` it was found is for messages. Raises ValueError."""
+    return _robot(_Section(data, "", Path(where)))
+
+
+def _declared_map(mapping: StateMap) -> dict[str, Any]:
+    if isinstance(mapping, AlohaGripper):
+        return {"dims": list(mapping.dims), "kind": "aloha_gripper"}
+    return {"dims": list(mapping.dims), "robot": list(mapping.robot), "model": list(mapping.model)}

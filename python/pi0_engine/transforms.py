@@ -114,7 +114,8 @@ class ObservationTransform:
             absent camera are zeros under a False mask; they are never read.
 
         Raises:
-            ValueError: see :func:`pi0_engine.observation.read_observation`; in a batch the message says which one.
+            ValueError: see :func:`pi0_engine.observation.read_observation`; a state that is finite, but not any more
+                when it is normalised. In a batch the message says which observation.
         """
         if isinstance(observations, (Mapping, Observation)):
             read = [self._read(observations, prompt)]
@@ -122,7 +123,7 @@ class ObservationTransform:
             read = self._read_batch(observations, prompt)
         robot_state = np.stack([observation.state for observation in read])
         state = self.robot.state_to_model(robot_state)
-        normalized = self.stats.state.normalize(state)
+        normalized = self._normalized(state)
         image_masks = np.array([[slot in observation.frames for slot in self.robot.slots] for observation in read])
         frames = tuple(tuple(o.frames[slot] for slot in self.robot.slots if slot in o.frames) for o in read)
         images = None if self.raw_frames else torch.from_numpy(self._images(frames, image_masks))
@@ -176,6 +177,16 @@ class ObservationTransform:
             raise ValueError(f"actions have shape {list(values.shape)}, expected [{batch}, ..., H, {width}]")
         model_units = self.robot.actions_to_model(values, _per_chunk(context.state, values.ndim))
         return self._pad(self.stats.actions.normalize(model_units))
+
+    def _normalized(self, state: FloatArray) -> FloatArray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            normalized = self.stats.state.normalize(state)
+            fits = np.isfinite(normalized.astype(np.float32))
+        if not fits.all():
+            index = int(np.argmin(fits.all(axis=0)))
+            given = state[int(np.argmin(fits[:, index])), index]
+            raise ValueError(f"the state holds {given} at index {index}, normalised that is beyond float32")
+        return normalized
 
     def _read(self, given: Mapping[str, Any] | Observation, prompt: str | bytes | None) -> Observation:
         if isinstance(given, Observation):

@@ -16,8 +16,9 @@ from pi0_engine.commands.options import Backend, Dtype, ModelOptions, show_progr
 from pi0_engine.config import EngineConfig
 from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy
+from pi0_engine.recording import Recorder, describe_policy
 from pi0_engine.robots import Robot, get_robot
-from pi0_engine.rtc import RtcConfig
+from pi0_engine.rtc import Mode, RtcConfig, Schedule
 from pi0_engine.serving.access import Keys
 from pi0_engine.serving.server import PolicyServer, ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
@@ -60,8 +61,15 @@ class Serve:
     """Statistics file or directory; looked for in the checkpoint where not given."""
     asset_id: str | None = None
     """Which statistics, where the checkpoint has several."""
-    rtc: RtcConfig = field(default_factory=RtcConfig)
-    """How a chunk continues the one in execution, for clients that ask for it (docs/rtc.md)."""
+    rtc_mode: Mode = "guided"
+    """How a chunk continues the one in execution, for clients that ask for it: 'guided' with any checkpoint, 'trained'
+    for π0.5 checkpoints that were trained so (docs/rtc.md)."""
+    rtc_schedule: Schedule = "linear"
+    """How the pull towards the old chunk fades between delay and execution horizon. Guided."""
+    rtc_execution_horizon: int = 10
+    """Actions of the new chunk that are pulled at all. Guided."""
+    rtc_max_guidance_weight: float = 10.0
+    """Bound of the pull in the first flow steps. Guided."""
     seed: int | None = None
     """Of the noise: the n-th session always draws the same. Not given: from the operating system."""
     metadata: str | None = None
@@ -74,6 +82,10 @@ class Serve:
     """Largest message, in 10^6 bytes."""
     drain_s: float = 10.0
     """After SIGTERM, how long answers under way may take."""
+    record: str | None = None
+    """Write observations and answers into this directory (docs/recording.md)."""
+    record_gb: float = 10.0
+    """Of them, keep the newest so many 10^9 bytes."""
     verbose: bool = False
     """Also log every refused message."""
 
@@ -90,15 +102,17 @@ class Serve:
             drain_s=self.drain_s,
         )
         robot = get_robot(self.robot)
+        rtc = RtcConfig(self.rtc_mode, self.rtc_schedule, self.rtc_execution_horizon, self.rtc_max_guidance_weight)
         service = Service(
-            lambda: self._load(robot),
+            lambda: self._load(robot, rtc),
             ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata)),
+            record=self._recorder if self.record else None,
         )
         server = PolicyServer(service, options, on_ready=lambda address: print(f"ready on {address}", flush=True))
         asyncio.run(_until_signalled(server))
         return 0
 
-    def _load(self, robot: Robot) -> Pi0Policy:
+    def _load(self, robot: Robot, rtc: RtcConfig) -> Pi0Policy:
         is_random = self.model.random_weights is not None  # no files of its own: the demo's tokenizer, no statistics
         return Pi0Policy.from_checkpoint(
             self.model.open(),
@@ -109,9 +123,15 @@ class Serve:
             tokenizer=self.tokenizer or (demo_tokenizer() if is_random else None),
             norm_stats=self.norm_stats or (NormStats.identity() if is_random else None),
             asset_id=self.asset_id,
-            rtc=self.rtc,
+            rtc=rtc,
             progress=show_progress(False),
         )
+
+    def _recorder(self, policy: Pi0Policy) -> Recorder:
+        assert self.record is not None
+        sources = {**vars(self.model), "tokenizer": self.tokenizer, "norm_stats": self.norm_stats}
+        metadata = describe_policy(policy, **sources, asset_id=self.asset_id, seed=self.seed)
+        return Recorder(self.record, metadata, max_bytes=int(self.record_gb * 1e9))
 
 
 async def _until_signalled(server: PolicyServer) -> None:

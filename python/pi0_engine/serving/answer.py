@@ -9,7 +9,10 @@ import numpy as np
 
 from pi0_engine.guards import GuardReport, GuardViolation, check, check_age
 from pi0_engine.inputs import NotFiniteError
+from pi0_engine.observation import ObservationError
 from pi0_engine.policy import Pi0Policy
+from pi0_engine.recording import Recorder
+from pi0_engine.recording_files import Record
 from pi0_engine.rtc import Leftover
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.metrics import Metrics
@@ -23,10 +26,11 @@ class Responder:
     Args:
         policy: loaded and warm.
         metrics: told of every answer.
+        recorder: given every chunk that was computed, where there is one.
     """
 
-    def __init__(self, policy: Pi0Policy, metrics: Metrics) -> None:
-        self.policy, self._metrics = policy, metrics
+    def __init__(self, policy: Pi0Policy, metrics: Metrics, recorder: Recorder | None = None) -> None:
+        self.policy, self._metrics, self._recorder = policy, metrics, recorder
         self._robot = policy.transform.robot
 
     def answer(self, job: Job) -> bytes:
@@ -36,13 +40,11 @@ class Responder:
             Refusal: with its code.
         """
         queue_ms = job.age_ms
+        self._check_turn(job, queue_ms)
         try:
-            self._check_turn(job, queue_ms)
             return self._answer(job, queue_ms)
-        except GuardViolation as error:
-            raise Refusal(error.code, str(error)) from error
-        except NotFiniteError as error:
-            raise Refusal("not_finite", str(error)) from error
+        except ObservationError as error:
+            raise Refusal("bad_observation", str(error)) from error
 
     def _check_turn(self, job: Job, queue_ms: float) -> None:
         """Is the answer still wanted, now that the engine is free?"""
@@ -53,7 +55,10 @@ class Responder:
             raise Refusal(
                 "deadline_missed", f"waited {queue_ms:.1f} ms for the engine, the deadline was {deadline_ms} ms"
             )
-        check_age(job.request.age_ms + queue_ms, self._robot.guards)
+        try:
+            check_age(job.request.age_ms + queue_ms, self._robot.guards)
+        except GuardViolation as error:
+            raise Refusal(error.code, str(error)) from error
 
     def _answer(self, job: Job, queue_ms: float) -> bytes:
         request, session, episode = job.request, job.session, job.episode
@@ -64,10 +69,16 @@ class Responder:
         shape = self.policy.config.action_horizon, self.policy.config.action_dim
         noise = episode.rng.standard_normal(shape, dtype=np.float32)
         leftover, why_not = self._leftover(job)
+        record = {"noise": noise, "leftover": leftover}
         started = time.perf_counter()
-        result = self.policy.infer(observation, noise=noise, leftover=leftover)
-        infer_ms = 1e3 * (time.perf_counter() - started)
-        report = check(result["actions"], observation.state, self._robot.guards, self._robot.control_hz)
+        try:
+            result = self.policy.infer(observation, noise=noise, leftover=leftover)
+            infer_ms = 1e3 * (time.perf_counter() - started)
+            report = check(result["actions"], observation.state, self._robot.guards, self._robot.control_hz)
+        except (GuardViolation, NotFiniteError) as error:
+            code = error.code if isinstance(error, GuardViolation) else "not_finite"
+            self._record(job, {"error": {"code": code, "message": str(error)}}, **record)
+            raise Refusal(code, str(error)) from error
         _check_epoch(job)
         sequence = session.next_sequence()
         episode.remember(sequence, report.actions)
@@ -86,7 +97,28 @@ class Responder:
         if self._robot.guards is not None:
             reply["guards"] = report.to_dict()
         self._count(job, reply, report, infer_ms, queue_ms)
+        self._record(job, reply, **record)
         return packb(reply)
+
+    def close(self) -> None:
+        """Write what the recorder still holds."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _record(self, job: Job, reply: dict[str, Any], **record: Any) -> None:
+        if self._recorder is not None:
+            request = job.request
+            control = {"request": request.name, "age_ms": request.age_ms, "deadline_ms": request.deadline_ms}
+            self._recorder.write(
+                Record(
+                    observation=request.sent,
+                    reply=reply,
+                    control={"session": job.session.name, **control},
+                    latency_ms=job.age_ms,
+                    time=time.time(),
+                    **record,
+                )
+            )
 
     def _leftover(self, job: Job) -> tuple[Leftover | None, str | None]:
         """What the new chunk continues, or why it continues none although the client asks."""

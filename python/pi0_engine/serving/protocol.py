@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -22,6 +23,8 @@ PROTOCOL = 1
 #: Where the client's requests are in the observation map.
 KEY = "pi0_engine"
 _NAME_LENGTH = 128
+#: Characters of an instruction. The model takes 48 or 200 tokens; cutting a book into tokens would hold up the others.
+_PROMPT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Request:
 
     Attributes:
         observation: by the robot's declaration; None in a message that only resets.
+        sent: the observation as it came, for a recording.
         name: what the client calls the request; echoed.
         reset: begin a new episode first.
         seed: of the noise from here on; None goes on with the session's.
@@ -55,6 +59,7 @@ class Request:
     """
 
     observation: Observation | None
+    sent: Mapping[str, Any] = field(default_factory=dict)
     name: int | str | None = None
     reset: bool = False
     seed: int | None = None
@@ -86,9 +91,14 @@ def read_request(data: bytes | str, robot: Robot) -> Request:
     if request.reset and not tree:
         return request
     try:
-        return dataclasses.replace(request, observation=read_observation(tree, robot))
+        observation = read_observation(tree, robot)
+        if len(observation.prompt) > _PROMPT_LENGTH:
+            raise ValueError(
+                f"the instruction has {len(observation.prompt)} characters, at most {_PROMPT_LENGTH} are read"
+            )
     except ValueError as error:
         raise Refusal("bad_observation", str(error), name) from error
+    return dataclasses.replace(request, observation=observation, sent=tree)
 
 
 def _name(asked: Any) -> int | str | None:

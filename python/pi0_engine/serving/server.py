@@ -6,6 +6,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -114,14 +115,13 @@ class PolicyServer:
         except OSError as error:
             raise ValueError(f"cannot listen on {self.options.host}:{self.options.port}: {error}") from error
         self.service.start()
-        stopped = asyncio.ensure_future(self._stop.wait())
         try:
-            if await _first(asyncio.wrap_future(self.service.ready), stopped):
+            if await self._unless_stopped(self.service.ready):
                 self._on_ready(self.address)
-                if await _first(asyncio.wrap_future(self.service.broken), stopped):
+                if await self._unless_stopped(self.service.broken):
                     raise RuntimeError(self.service.broken.result())
         finally:
-            stopped.cancel()
+            self.stop()
             await self._drain()
 
     def stop(self) -> None:
@@ -146,8 +146,19 @@ class PolicyServer:
         await asyncio.gather(*farewells)
         await self._listening.wait_closed()
 
+    async def _unless_stopped(self, future: Future[Any]) -> bool:
+        """Wait for a future; False if the server is stopped before. Raises what it failed with."""
+        awaited, stopped = asyncio.wrap_future(future), asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait([asyncio.shield(awaited), stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if awaited.done():
+            awaited.result()
+        return awaited.done()
+
     async def _handle(self, connection: Any) -> None:
         try:
+            if not await self._unless_stopped(self.service.ready):
+                raise Refusal("shutting_down", "the server is being stopped")
             await converse(_Websocket(connection), self.service)
         except Refusal as refusal:
             self.service.metrics.refused(refusal.code)
@@ -174,18 +185,11 @@ class PolicyServer:
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = kind
             return response
-        if not self.service.has_room:
+        # Connections, not sessions: those that wait for the policy to be loaded count too.
+        if len(self._listening.connections) >= self.service.options.max_sessions:
             self.service.metrics.refused("queue_full")
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "no room for another session\n")
         return None
-
-
-async def _first(one: asyncio.Future[Any], other: asyncio.Future[Any]) -> bool:
-    """Wait for either; whether it is the first of them. Raises what that failed with."""
-    await asyncio.wait([one, other], return_when=asyncio.FIRST_COMPLETED)
-    if one.done():
-        one.result()
-    return one.done()
 
 
 class _Websocket:

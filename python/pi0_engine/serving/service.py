@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pi0_engine.policy import Pi0Policy
+from pi0_engine.recording import Recorder
 from pi0_engine.serving.answer import Responder
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.metrics import Metrics
@@ -48,6 +49,7 @@ class Service:
     Args:
         load: makes the policy; called in the inference thread after :meth:`start`.
         options: see there.
+        record: makes the recorder that is given every answer; called in that thread when the policy is loaded.
 
     Attributes:
         metrics: for ``/metrics``.
@@ -55,14 +57,24 @@ class Service:
         broken: resolved, to the reason, when the policy will not answer again: end the process.
     """
 
-    def __init__(self, load: Callable[[], Pi0Policy], options: ServiceOptions | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Pi0Policy],
+        options: ServiceOptions | None = None,
+        *,
+        record: Callable[[Pi0Policy], Recorder] | None = None,
+    ) -> None:
         self.options = options or ServiceOptions()
         self._queue = JobQueue(self.options.max_waiting)
         self._sessions: set[Session] = set()
         self._numbers = itertools.count()
         self._stopping = False
         self.metrics = Metrics(lambda: len(self._queue), lambda: len(self._sessions))
-        self._worker = Worker(self._queue, load, lambda policy: Responder(policy, self.metrics))
+
+        def responder(policy: Pi0Policy) -> Responder:
+            return Responder(policy, self.metrics, None if record is None else record(policy))
+
+        self._worker = Worker(self._queue, load, responder)
         self.ready: Future[Responder] = self._worker.ready
         self.broken: Future[str] = self._worker.broken
 

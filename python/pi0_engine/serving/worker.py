@@ -59,6 +59,7 @@ class Worker:
         self.ready.set_result(responder)
         while (job := self._queue.take()) is not None:
             self._answer(responder, job)
+        responder.close()
 
     def _answer(self, responder: Responder, job: Job) -> None:
         try:
