@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -419,3 +421,37 @@ def test_only_a_chunk_of_this_session_is_continued(session: str, asked: Any, clo
         RemoteSource(client, clock=clock).chunk(Request(TOY, 4, 0.0, 0, False, previous, 4, 2, None))
         RemoteSource(client, clock=clock, rtc=False).chunk(Request(TOY, 4, 0.0, 0, False, previous, 4, 2, None))
         assert [r["pi0_engine"].get("rtc") for r in server.requests] == [asked, None]
+
+
+def test_the_example_of_the_documentation_moves_a_robot() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "client.md").read_text(encoding="utf-8")
+    example = text.partition("```python\n")[2].partition("```")[0]
+
+    class Arm:
+        sent: ClassVar[list[NDArray[np.float32]]] = []
+
+        def in_episode(self) -> bool:
+            return len(self.sent) < 20
+
+        def observe(self) -> dict[str, Any]:
+            return libero()
+
+        def send(self, action: NDArray[np.float32]) -> None:
+            self.sent.append(action)
+
+        def wait_for_next_period(self) -> None:
+            time.sleep(0.005)
+
+    with serving.serving() as server:
+        assert "ws://127.0.0.1:8000" in example
+        code = compile(example.replace(":8000", f":{server.port}"), "client.md", "exec")
+        names: dict[str, Any] = {"robot": Arm(), "KEY": None}
+        exec(code, names)
+    assert np.shape(Arm.sent) == (20, 7) and names["runner"].statistics.executed > 0
+
+
+def test_importing_the_client_loads_neither_torch_nor_anything_optional() -> None:
+    """A robot's computer is small."""
+    script = "import sys, pi0_engine.client; print({'torch', 'websockets', 'msgpack'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/")
+    assert run.stdout.strip() == "set()"
