@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pi0_engine.client.connection import ConnectionLost, PolicyClient, PolicyError
+from pi0_engine.client.connection import PolicyClient
 from pi0_engine.client.control import Answer, Request, Step
+from pi0_engine.client.errors import ConnectionLost, PolicyError
 from pi0_engine.client.runner import ChunkRunner, Stopped
 from pi0_engine.client.sources import ChunkSource
 from pi0_engine.client.statistics import Statistics

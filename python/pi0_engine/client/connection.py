@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pi0_engine.client.errors import ConnectionLost, PolicyError
 from pi0_engine.serving.wire import Limits, packb, unpackb
 
 if TYPE_CHECKING:
@@ -27,30 +28,6 @@ _KEY = "pi0_engine"
 #: A server is trusted more than its clients are: metadata may hold whatever its operator put there.
 _LIMITS = Limits(depth=16, containers=10_000, length=100_000)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
-
-
-class PolicyError(Exception):
-    """The server answered, but not with actions. The connection stays usable.
-
-    Attributes:
-        code: why, in a word (``bad_observation``, ``deadline_missed``, ``guard_violation``, ...); ``unauthorized``
-            where the server refused the key, ``server_changed`` where another robot's came back after a
-            reconnection, ``server_error`` from a server that gives no codes.
-        message: a sentence for people.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code, self.message = code, message
-
-
-class ConnectionLost(Exception):
-    """There is no connection: it broke, the server did not answer in time, or it cannot be reached.
-
-    A request that was on its way may have been computed or not; it is never sent again by itself.
-    """
-
-    code = "connection_lost"
 
 
 class PolicyClient:

@@ -7,9 +7,7 @@ depends on its seed alone.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,30 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pi0_engine.client.connection import ConnectionLost
 from pi0_engine.client.control import Answer, ChunkControl, Request
+from pi0_engine.client.errors import ConnectionLost
+from pi0_engine.client.simulated import MODEL, NoisyPolicy, SimulatedRobot, small_policy, two_arms
 from pi0_engine.client.sources import LocalSource
-from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
-from pi0_engine.normalization import Normalizer, NormStats
-from pi0_engine.policy import Pi0Policy
-from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.robots import Robot, get_robot
-from pi0_engine.rtc import Leftover, RtcConfig
-from pi0_engine.tokenizer_files import demo_tokenizer
+from pi0_engine.rtc import RtcConfig
 
 Strategy = Literal["synchronous", "asynchronous", "real-time chunking"]
-
-#: Standard deviation of an action of the model's in a joint's units: rad.
-_SPREAD = 0.2
-#: Runs in milliseconds: its chunks mean nothing, but come from the same code as any other's.
-MODEL = Pi0Config(
-    "pi0",
-    vision=SiglipConfig(width=48, depth=2, num_heads=2, mlp_dim=96, image_size=28),
-    llm=GemmaConfig(64, 2, 128, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=2048),
-    expert=GemmaConfig(64, 2, 128, num_heads=2, num_kv_heads=1, head_dim=32),
-    max_token_len=48,
-    action_horizon=50,
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ class Sent:
         held: there was no action for this step.
         chunk: number of the inference that it is of, None where it was held.
         late_s: how much later it is executed than its chunk means it to be.
-        stale: of an observation that is older than the loop allows, or of another episode.
+        stale: of an observation that is older than its chunk is long.
     """
 
     action: NDArray[np.float32] | None
@@ -130,7 +111,7 @@ class Run:
 
     @classmethod
     def of(cls, sent: list[Sent], inferences: int) -> Run:
-        nothing = np.full(_robot().action_dim, np.nan, np.float32)
+        nothing = np.full(two_arms().action_dim, np.nan, np.float32)
         commands = np.stack([nothing if s.action is None else s.action for s in sent])
         seams, last = [], None
         for step, s in enumerate(sent):
@@ -163,33 +144,6 @@ class Run:
         }
 
 
-class NoisyPolicy:
-    """A π0 of random weights whose chunks look like motions.
-
-    Such a chunk is mostly the noise that it starts from. Noise that is smooth over the chunk gives smooth motions, a
-    new one with every inference: the worst case of a policy that changes its mind, which is what makes seams.
-    """
-
-    def __init__(self, policy: Pi0Policy, seed: int) -> None:
-        self._policy, self._rng = policy, np.random.default_rng([seed, 1])
-
-    def reset(self) -> None:
-        self._policy.reset()
-
-    def infer(self, observation: Mapping[str, Any], *, leftover: Leftover | None = None) -> dict[str, Any]:
-        return self._policy.infer(observation, noise=self._noise(), leftover=leftover)
-
-    def _noise(self) -> NDArray[np.float32]:
-        """float32 [H, action_dim]: three slow waves per dimension, of random height and phase."""
-        config = self._policy.config
-        waves = np.arange(1, 4)[:, None, None]
-        time = np.arange(config.action_horizon)[None, :, None] / config.action_horizon
-        heights = self._rng.standard_normal((3, 1, config.action_dim)) / waves
-        phases = self._rng.uniform(0, 2 * np.pi, (3, 1, config.action_dim))
-        noise: NDArray[np.float32] = (heights * np.sin(np.pi * waves * time + phases)).sum(axis=0).astype(np.float32)
-        return noise
-
-
 class Network:
     """How long each inference takes, and whether its answer arrives."""
 
@@ -210,15 +164,15 @@ def simulate(strategy: Strategy, conditions: Conditions) -> Run:
     action on. ``asynchronous``: :class:`ChunkRunner`'s loop, chunks by time stamp. ``real-time chunking``: the same,
     and each chunk continues the one before.
     """
-    policy = NoisyPolicy(_policy(conditions.rtc), conditions.seed)
-    robot = _Robot()
+    policy = NoisyPolicy(small_policy(conditions.rtc), conditions.seed)
+    robot = SimulatedRobot()
     with _one_thread():
         if strategy == "synchronous":
             return _synchronous(conditions, policy, robot)
         return _asynchronous(conditions, LocalSource(policy, rtc=strategy == "real-time chunking"), robot)
 
 
-def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: _Robot) -> Run:
+def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: SimulatedRobot) -> Run:
     network = Network(conditions)
     sent: list[Sent] = []
     inferences = 0
@@ -244,13 +198,13 @@ def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: _Robot) -> 
     return Run.of(sent, inferences)
 
 
-def _asynchronous(conditions: Conditions, source: LocalSource, robot: _Robot) -> Run:
+def _asynchronous(conditions: Conditions, source: LocalSource, robot: SimulatedRobot) -> Run:
     # A minute without an answer: what the watchdog does is not what is compared here.
     control = ChunkControl(control_hz=conditions.control_hz, replan_after=conditions.replan_after, watchdog_s=60.0)
     network = Network(conditions)
     sent: list[Sent] = []
     pending: tuple[float, Request, Answer | None] | None = None
-    numbers: dict[int, int] = {}  # of a chunk, by the control step of its observation
+    asked: dict[int, tuple[int, float]] = {}  # by control step: which inference, and when its observation was taken
     for now in _times(conditions):
         if pending is not None and now >= pending[0]:
             _, request, answer = pending
@@ -263,37 +217,15 @@ def _asynchronous(conditions: Conditions, source: LocalSource, robot: _Robot) ->
         if begun is not None:
             seconds, lost = network.draw()
             pending = now + seconds, begun, None if lost else source.chunk(begun)
+            asked[begun.tick] = control.statistics.requests, now
         if step.chunk is None or step.action is None or step.index is None:
             sent.append(Sent(robot.last, True))
             continue
-        number = numbers.setdefault(step.chunk.tick, len(numbers))
-        observed_at = step.chunk.expires_at - len(step.chunk) / conditions.control_hz
+        number, observed_at = asked[step.chunk.tick]
         late_s = now - observed_at - step.index / conditions.control_hz
-        stale = now > step.chunk.expires_at or step.chunk.epoch != control.epoch
+        stale = now - observed_at > len(step.chunk) / conditions.control_hz + 1e-9
         sent.append(Sent(robot.act(step.action), False, number, late_s, stale))
     return Run.of(sent, control.statistics.requests)
-
-
-class _Robot:
-    """Joints that are where they were last told to be, and cameras that see nothing new."""
-
-    def __init__(self) -> None:
-        robot = _robot()
-        random = np.random.default_rng(0)
-        self._frames = {
-            camera.key.removeprefix("images/"): random.integers(0, 256, (3, 28, 28), dtype=np.uint8)
-            for camera in robot.cameras
-            if camera.slot is not None
-        }
-        self._joints = np.zeros(robot.state_dim, np.float32)
-        self.last: NDArray[np.float32] | None = None
-
-    def observe(self) -> dict[str, Any]:
-        return {"state": self._joints.copy(), "images": self._frames}
-
-    def act(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        self.last = self._joints = action.copy()
-        return self.last
 
 
 @contextlib.contextmanager
@@ -309,23 +241,3 @@ def _one_thread() -> Iterator[None]:
 
 def _times(conditions: Conditions) -> list[float]:
     return [step / conditions.control_hz for step in range(conditions.steps)]
-
-
-def _robot() -> Robot:
-    """Two arms of seven joints each; a command is fourteen angles."""
-    return dataclasses.replace(get_robot("aloha_sim"), state_maps=(), action_maps=(), action_horizon={})
-
-
-@functools.lru_cache(maxsize=2)
-def _policy(rtc: RtcConfig) -> Pi0Policy:
-    dims = _robot().action_dim
-    return Pi0Policy.from_checkpoint(
-        RandomCheckpoint(MODEL, seed=0),
-        robot=_robot(),
-        engine=EngineConfig(dtype="float32"),
-        tokenizer=demo_tokenizer(),
-        norm_stats=NormStats(
-            Normalizer.identity(), Normalizer.zscore(np.zeros(dims), np.full(dims, _SPREAD)), "of the simulation"
-        ),
-        rtc=rtc,
-    )

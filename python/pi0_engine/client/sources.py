@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from pi0_engine.client.connection import ConnectionLost, PolicyClient
+from pi0_engine.client.connection import PolicyClient
 from pi0_engine.client.control import Answer, Request
+from pi0_engine.client.errors import ConnectionLost
 from pi0_engine.rtc import Leftover
 
 
