@@ -12,19 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import tiny_config
 from pi0_engine.cli import main
 from pi0_engine.commands.replay import default_tolerance
-from pi0_engine.config import EngineConfig
+from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
 from pi0_engine.guards import check
 from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy, SubtaskPlanner
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.recording import Recorder, RecordingPolicy, describe_engine, describe_policy
 from pi0_engine.recording_files import Record, Recording
+from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer_files import demo_tokenizer
 
 SEED = 4
+#: Runs in milliseconds: 4 patches per camera, and as many words as the demo's tokenizer has.
+MODEL = Pi0Config(
+    "pi0",
+    vision=SiglipConfig(width=36, depth=2, num_heads=3, mlp_dim=52, image_size=28),
+    llm=GemmaConfig(40, 2, 56, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=2048),
+    expert=GemmaConfig(28, 2, 44, num_heads=4, num_kv_heads=1, head_dim=16),
+)
 
 
 def observation(seed: int) -> dict[str, Any]:
@@ -44,15 +51,18 @@ def robot_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_policy(robot: str | Path, dtype: str = "float32", seed: int | None = None) -> Pi0Policy:
+def make_policy(
+    robot: str | Path, dtype: str = "float32", seed: int | None = None, rtc: RtcConfig | None = None
+) -> Pi0Policy:
     return Pi0Policy.from_checkpoint(
-        RandomCheckpoint(tiny_config("pi0"), SEED),
+        RandomCheckpoint(MODEL, SEED),
         robot=robot,
-        config=tiny_config("pi0"),
+        config=MODEL,
         engine=EngineConfig(dtype=dtype),  # type: ignore[arg-type]
         tokenizer=demo_tokenizer(),
         norm_stats=NormStats.identity(),
         seed=seed,
+        rtc=rtc or RtcConfig(),
     )
 
 
@@ -143,6 +153,23 @@ def test_guards_are_applied_again(robot_file: Path, tmp_path: Path, capsys: pyte
     assert replay(capsys, tmp_path, "--robot", "libero", expect=1)["wrong"] == 1  # which has no guards
 
 
+def test_a_continued_chunk_repeats_to_the_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = make_policy("libero_delta", rtc=RtcConfig(execution_horizon=20))
+    with Recorder(tmp_path, describe_policy(policy, random_weights=SEED)) as recorder:
+        recorded = RecordingPolicy(policy, recorder, seed=0)
+        first = recorded.infer(observation(0))["actions"]
+        noise = np.zeros((50, 32), np.float32)
+        leftover = Leftover(first[8:], 4)
+        second = recorded.infer(observation(2), noise=noise, leftover=leftover)
+    assert second["rtc"]["used"]
+    alone = policy.infer(observation(2), noise=noise)["actions"]
+    assert np.abs(second["actions"] - alone).max() > 1e-3  # the leftover counts
+    assert replay(capsys, tmp_path)["max_rel_l2"] == 0
+    metadata = json.loads((tmp_path / "recording.json").read_text())
+    (tmp_path / "recording.json").write_text(json.dumps({**metadata, "rtc": {"execution_horizon": 5}}))
+    assert [row["rel_l2"] > 0 for row in replay(capsys, tmp_path, expect=1)["rows"]] == [False, True]
+
+
 # --- another policy ------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +213,7 @@ def test_the_tolerance_is_reasoned() -> None:
 def test_what_decides_rounding_is_described(policy: Pi0Policy) -> None:
     described = describe_engine(policy.engine)
     assert (described["device"], described["dtype"], described["backend"]) == ("cpu", "float32", "auto")
+    assert (described["attention"], described["launch_configs"]) == ("auto", None)
     assert set(described["machine"]) == {"device", "threads", "torch"}
 
 
@@ -227,6 +255,7 @@ def test_errors_and_torn_records_are_told(
         ({"sources": {"random_weights": "0"}}, "random_weights is '0', expected int"),
         ({"engine": []}, "engine is [], expected a map"),
         ({"engine": {"dtype": "int4"}}, "dtype is 'int4'"),
+        ({"engine": {"attention": "all you need"}}, "attention is 'all you need'"),
         ({"model": {"model_type": "pi9"}}, "'pi9'"),
         ({"robot": {"name": 1}}, "cameras is missing"),
         ({"robot": None}, "the file is None, expected keys with values"),

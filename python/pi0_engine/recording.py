@@ -22,6 +22,7 @@ from pi0_engine.policy import Pi0Policy
 from pi0_engine.recording_files import Record, encode_record
 from pi0_engine.recording_store import SegmentStore
 from pi0_engine.robot_files import declaration
+from pi0_engine.rtc import Leftover
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class RecordingPolicy:
         seed: int | None = None,
         num_samples: int = 1,
         num_steps: int | None = None,
-        **further: Any,
+        leftover: Leftover | None = None,
     ) -> dict[str, Any]:
         """As :meth:`Pi0Policy.infer`, for one observation. A call that raises is not recorded."""
         if not isinstance(observation, Mapping):
@@ -171,7 +172,7 @@ class RecordingPolicy:
             raise ValueError("both noise and seed are given, expected at most one")
         start: NDArray[np.float32] = np.array(noise, dtype=np.float32)
         reply = self.policy.infer(
-            observation, prompt=prompt, noise=start, num_samples=num_samples, num_steps=num_steps, **further
+            observation, prompt=prompt, noise=start, num_samples=num_samples, num_steps=num_steps, leftover=leftover
         )
         self.recorder.write(
             Record(
@@ -181,7 +182,7 @@ class RecordingPolicy:
                 prompt=prompt,
                 num_samples=num_samples,
                 num_steps=num_steps,
-                leftover=further.get("leftover"),
+                leftover=leftover,
                 latency_ms=1e3 * (time.perf_counter() - started),
                 time=time.time(),
             )
@@ -198,9 +199,9 @@ def describe_policy(policy: Pi0Policy, **sources: Any) -> dict[str, Any]:
     """
     return {
         "version": importlib.metadata.version("pi0-engine"),
-        **({"rtc": dataclasses.asdict(policy.rtc)} if hasattr(policy, "rtc") else {}),
         "robot": declaration(policy.transform.robot),
         "model": policy.config.to_dict(),
+        "rtc": dataclasses.asdict(policy.rtc),
         "sources": {name: value for name, value in sources.items() if value is not None},
         "engine": describe_engine(policy.engine),
     }
@@ -212,6 +213,6 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
     return {
         "device": engine.device.type,
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "backend": engine.engine_config.backend,
+        **{name: getattr(engine.engine_config, name) for name in ("backend", "attention", "launch_configs")},
         "machine": {name: machine[name] for name in ("device", "threads", "torch")},
     }

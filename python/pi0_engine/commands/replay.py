@@ -71,6 +71,8 @@ class Replay:
     device: str | None = None
     dtype: Dtype | None = None
     backend: Backend | None = None
+    launch_configs: str | None = None
+    """Launch configurations that `pi0-engine tune` wrote, instead of those shipped: a GPU rounds by them."""
     limit: int | None = None
     """Only the first so many records."""
     tolerance: float | None = None
@@ -130,7 +132,6 @@ class Replay:
         if model.checkpoint is None and model.random_weights is None:
             raise ValueError("the recording does not say its checkpoint: give --checkpoint or --random-weights")
         is_random, engine = model.random_weights is not None, _map(metadata, "engine")
-        further: dict[str, Any] = {"rtc": _rtc(_map(metadata, "rtc"))} if "rtc" in metadata else {}
         return Pi0Policy.from_checkpoint(
             model.open(fallback_config=config),
             robot=robot,
@@ -139,12 +140,14 @@ class Replay:
                 device=self.device or _value(engine, "device") or "cpu",
                 dtype=self.dtype or _value(engine, "dtype") or "auto",
                 backend=self.backend or _value(engine, "backend") or "auto",
+                attention=_value(engine, "attention") or "auto",
+                launch_configs=self.launch_configs,
             ),
             tokenizer=self.tokenizer or _value(source, "tokenizer") or (demo_tokenizer() if is_random else None),
             norm_stats=self.norm_stats or _value(source, "norm_stats") or (NormStats.identity() if is_random else None),
             asset_id=self.asset_id or _value(source, "asset_id"),
             progress=show_progress(self.json),
-            **further,
+            rtc=_rtc(_map(metadata, "rtc")),
         )
 
     def _compare(self, recording: Recording, policy: Pi0Policy, view: RerunFile | None) -> list[dict[str, Any]]:
@@ -210,7 +213,6 @@ def compare(policy: Pi0Policy, record: Record) -> tuple[dict[str, Any], NDArray[
 
 def _answer(policy: Pi0Policy, record: Record) -> NDArray[np.float32]:
     """The policy's actions, behind the robot's guards if the recorded ones were."""
-    leftover: dict[str, Any] = {} if record.leftover is None else {"leftover": record.leftover}
     reply = policy.infer(
         record.observation,
         prompt=record.prompt,
@@ -218,7 +220,7 @@ def _answer(policy: Pi0Policy, record: Record) -> NDArray[np.float32]:
         seed=record.seed,
         num_samples=record.num_samples,
         num_steps=record.num_steps,
-        **leftover,
+        leftover=record.leftover,
     )
     actions: NDArray[np.float32] = reply["actions"]
     if record.reply.get("guards") is not None:
