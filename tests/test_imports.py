@@ -52,7 +52,14 @@ LAYERS = [
         "pi0_engine.timing",
         "pi0_engine.tuning",
     ],
-    ["pi0_engine.commands", "pi0_engine.cli", "pi0_engine.serving", "pi0_engine.integrations", "pi0_engine.__main__"],
+    [
+        "pi0_engine.client",
+        "pi0_engine.commands",
+        "pi0_engine.cli",
+        "pi0_engine.serving",
+        "pi0_engine.integrations",
+        "pi0_engine.__main__",
+    ],
 ]
 
 #: Only these project modules may be imported by those (prefixes on both sides; the first that matches a module counts).

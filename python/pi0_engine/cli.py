@@ -17,6 +17,7 @@ from pi0_engine.commands.kernels import Kernels
 from pi0_engine.commands.profile import Profile
 from pi0_engine.commands.replay import Replay
 from pi0_engine.commands.serve import Serve
+from pi0_engine.commands.simulate import Simulate
 from pi0_engine.commands.tune import Tune
 from pi0_engine.commands.verify import Verify
 
@@ -24,6 +25,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Infer, tyro.conf.subcommand("infer")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Simulate, tyro.conf.subcommand("simulate")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]

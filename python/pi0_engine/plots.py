@@ -1,4 +1,4 @@
-"""Pictures for people: an action chunk per joint, a benchmark per stage, a roofline of ops.
+"""Pictures for people: an action chunk per joint, a benchmark per stage, a roofline of ops, seams between chunks.
 
 They need matplotlib (extra ``plot``).
 """
@@ -106,6 +106,49 @@ def plot_roofline(
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
     axis.legend(loc="lower right", fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def plot_seams(
+    path: str | Path,
+    runs: Mapping[str, tuple[NDArray[np.floating[Any]], NDArray[np.bool_], NDArray[np.integer[Any]]]],
+    period_s: float,
+    title: str,
+    *,
+    joints: Sequence[int] = (0, 3, 7),
+    unit: str = "rad",
+) -> None:
+    """Draw what robots were sent, one row per control loop: held steps shaded, a line where the next chunk takes over.
+
+    Args:
+        path: .png, .svg or .pdf to write.
+        runs: by name: (commands [steps, A], NaN where nothing was sent; held [steps]; steps of the seams).
+        period_s: of a control step.
+        title: above the picture.
+        joints: which dimensions to draw.
+        unit: of the commands.
+    """
+    figure = _figure(figsize=(11, 1.9 * len(runs) + 0.8))
+    axes = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, (name, (commands, held, seams)) in zip(axes, runs.items(), strict=True):
+        at = period_s * np.arange(len(commands))
+        axis.fill_between(
+            at, 0, 1, where=held, step="post", transform=axis.get_xaxis_transform(), color="tab:red", alpha=0.18,
+            linewidth=0, label="held: no action",
+        )  # fmt: skip
+        for number, seam in enumerate(seams):
+            label = None if number else "next chunk takes over"
+            axis.axvline(period_s * (seam - 0.5), color="black", linewidth=0.4, alpha=0.45, label=label)
+        for joint in joints:
+            axis.step(at, commands[:, joint], where="post", linewidth=1.1, label=f"joint {joint}")
+        axis.set_title(name, fontsize=9, pad=3, loc="left")
+        axis.set_ylabel(unit, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+    axes[-1].set_xlabel("seconds", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=100)
 
 
 def _figure(figsize: tuple[float, float]) -> Figure:

@@ -1,0 +1,103 @@
+"""Where a control loop's chunks come from: a policy in this process, or one behind a websocket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from pi0_engine.client.connection import PolicyClient
+from pi0_engine.client.control import Answer, Request
+from pi0_engine.client.errors import ConnectionLost
+from pi0_engine.rtc import Leftover
+
+
+@runtime_checkable
+class ChunkSource(Protocol):
+    """What a runner asks of a policy. Both methods are called from the inference thread alone, and may block."""
+
+    def ready(self) -> None:
+        """Return when a request can be made: called after one has failed. Raises what keeps it from being so."""
+
+    def chunk(self, request: Request) -> Answer:
+        """The actions for an observation. Raises whatever went wrong; the runner then asks with a newer one."""
+
+
+class LocalSource:
+    """A policy in this process.
+
+    Args:
+        policy: a ``Pi0Policy``; without ``rtc`` anything with ``infer(observation) -> {"actions": [H, A], ...}``.
+        rtc: continue the chunk in execution.
+    """
+
+    def __init__(self, policy: Any, *, rtc: bool = True) -> None:
+        self._policy, self._rtc = policy, rtc
+
+    def ready(self) -> None:
+        pass
+
+    def chunk(self, request: Request) -> Answer:
+        if request.new_episode:
+            self._policy.reset()
+        options = {"leftover": leftover(request)} if self._rtc else {}
+        return Answer(self._policy.infer(request.observation, **options)["actions"])
+
+
+class RemoteSource:
+    """A policy behind a websocket.
+
+    Args:
+        client: connected.
+        rtc: continue the chunk in execution; a server that is not pi0-engine's cannot.
+        clock: the one of the runner that asks.
+    """
+
+    def __init__(self, client: PolicyClient, *, rtc: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client, self._rtc, self._clock = client, rtc, clock
+
+    def ready(self) -> None:
+        self._client.connect()
+
+    def chunk(self, request: Request) -> Answer:
+        if not self._client.connected:  # connecting may take long; the runner then takes a newer observation
+            raise ConnectionLost(f"the connection to {self._client.uri} broke between two requests")
+        if request.new_episode:
+            self._client.reset()
+        age_ms = 1e3 * max(0.0, self._clock() - request.observed_at)
+        left_ms = None if request.max_age_s is None else max(0.0, 1e3 * request.max_age_s - age_ms)
+        reply = self._client.infer(request.observation, age_ms=age_ms, deadline_ms=left_ms, rtc=self._continue(request))
+        session = reply.get("session")
+        return Answer(reply["actions"], (session["id"], session["sequence"]) if isinstance(session, dict) else None)
+
+    def _continue(self, request: Request) -> dict[str, int] | None:
+        previous = request.previous
+        if not self._rtc or previous is None or previous.name is None:
+            return None
+        session, sequence = previous.name
+        if session != self._client.session:
+            return None  # the server that remembered the chunk is gone, or the session with it
+        return {"executed": request.executed, "delay": request.delay, "sequence": sequence}
+
+
+def leftover(request: Request) -> Leftover | None:
+    """What is left of the chunk in execution, in the form that ``Pi0Policy.infer`` takes."""
+    if request.previous is None:
+        return None
+    rest = request.previous.actions[request.executed :]
+    return Leftover(rest, min(request.delay, len(rest)))
+
+
+def as_source(policy: Any, *, rtc: bool, clock: Callable[[], float]) -> ChunkSource:
+    """A policy of any kind that a runner takes, as what it asks.
+
+    Raises:
+        ValueError: an object with neither ``chunk`` nor ``infer``.
+    """
+    if isinstance(policy, ChunkSource):
+        return policy
+    if isinstance(policy, PolicyClient):
+        return RemoteSource(policy, rtc=rtc, clock=clock)
+    if callable(getattr(policy, "infer", None)):
+        return LocalSource(policy, rtc=rtc)
+    raise ValueError(f"the policy is {policy!r}, expected a Pi0Policy, a PolicyClient or a ChunkSource")
