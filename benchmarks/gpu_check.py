@@ -31,6 +31,10 @@ _PROFILED = [
     "rmsnorm_qkv_rope 50x",
     "suffix_attention 50 q",
 ]
+#: What the robot-facing shells around the engine add, and what they need beside torch.
+_SHELLS = [PYTHON, "-m", "pi0_engine.cli", "bench", "--layers", "--config", "pi0", "--views", "3", "--runs", "100"]
+_SHELLS += ["--device", "cuda", "--dtype", "bfloat16"]
+_SERVING = ("msgpack", "prometheus_client", "tokenizers", "tqdm", "tyro", "websockets")
 _OUR_KERNELS = "regex:^(linear|paired|mlp|attention|prompt)_kernel$"
 
 
@@ -79,15 +83,22 @@ def checks(output: Path) -> list[Part]:
     engine = [*policy, "--parts", "engine", "eager", "--dot", str(output / "graph.dot")]
     return [
         Part("every op at full size, verified once", every_op, 90),
-        _tests("GPU tests of the kernels", ["tests/test_kernels_gpu*.py", "tests/test_csrc_cuda*.py"], 100),
+        _tests("GPU tests of the kernels", ["tests/test_kernels_gpu*.py", "tests/test_csrc_cuda*.py"], 90),
         _tests("GPU tests of the engine", ["tests/test_engine_gpu*.py"], 80),
         Part("parity at full size", [[PYTHON, "benchmarks/gpu_parity.py"]], 80),
         Part("benchmark of the policy", [engine], 120),
         Part("nodes of the graph", [[PYTHON, "benchmarks/tables.py", "--graph", str(output)]], 20),
-        Part("benchmark of the kernels", [[*kernels, "--views", "2", "--output", str(output)]], 80),
+        Part("benchmark of the kernels", [[*kernels, "--views", "2", "--output", str(output)]], 60),
+        Part("engine, policy and server, shell by shell", [_SHELLS], 40, skip=_missing(_SERVING), optional=True),
         Part("profile of five kernels", [profile], 60, skip=None if ncu else "there is no ncu", optional=True),
         Part("policy under torch.compile", [[*policy, "--parts", "compiled"]], 400, optional=True),
     ]
+
+
+def _missing(packages: tuple[str, ...]) -> str | None:
+    """Why a part is skipped, if one of its packages is not there."""
+    missing = [package for package in packages if not _is_installed(package)]
+    return f"{', '.join(missing)} is not installed" if missing else None
 
 
 def parse() -> argparse.Namespace:
