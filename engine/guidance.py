@@ -38,7 +38,7 @@ class Guide:
     weights: Tensor
     max_weight: float
 
-    def validate(self, config: Pi0Config, batch: int, horizon: int) -> None:
+    def validate(self, config: Pi0Config, batch: int, horizon: int, num_steps: int) -> None:
         """Raise ValueError naming what does not fit ``batch`` observations and chunks of ``horizon`` actions."""
         _check("previous", self.previous, (batch, horizon, config.action_dim))
         _check("weights", self.weights, (batch, horizon))
@@ -46,6 +46,12 @@ class Guide:
             raise ValueError("the continuation's weights are not all between 0 and 1")
         if not 0 < self.max_weight < math.inf:
             raise ValueError(f"the continuation's max_weight is {self.max_weight}, expected a positive number")
+        if num_steps == 1 and self.max_weight > 1:
+            # x1 + max_weight (previous - x1): no later step would bring it back.
+            raise ValueError(
+                f"in a single flow step a max_weight of {self.max_weight} would overshoot the earlier chunk as many "
+                "times: expected at most 1, or more flow steps"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class FixedPrefix:
     previous: Tensor
     rows: tuple[int, ...]
 
-    def validate(self, config: Pi0Config, batch: int, horizon: int) -> None:
+    def validate(self, config: Pi0Config, batch: int, horizon: int, num_steps: int) -> None:
         """Raise ValueError naming what does not fit ``batch`` observations and chunks of ``horizon`` actions."""
         check_per_token_time(config)
         _check("previous", self.previous, (batch, horizon, config.action_dim))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +23,7 @@ from pi0_engine.engine.guidance import Continuation, FixedPrefix
 from pi0_engine.engine.memory import check_free_memory, reporting_memory
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
+from pi0_engine.engine.stage_clock import StageClock
 from pi0_engine.engine.time_terms import StepTerms, TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.frames import staging_size
@@ -99,7 +99,7 @@ class Engine:
             MemoryError: the GPU has no room for the buffers of a new shape.
         """
         inputs.validate(self.config)
-        self._check_start(noise, continuation, inputs.batch)
+        self._check_start(noise, continuation, inputs.batch, num_steps)
         per_token = isinstance(continuation, FixedPrefix)
         plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps, per_token)
         return self._run("infer", self.session(plan), plan, inputs, noise, continuation)
@@ -147,7 +147,7 @@ class Engine:
             raise ValueError("there is no observation to sample from: call observe first (infer forgets it)")
         session, num_steps = self._observed
         plan = session.plan
-        self._check_start(noise, continuation, plan.batch)
+        self._check_start(noise, continuation, plan.batch, num_steps)
         if noise.shape[1:3] != (plan.samples, plan.horizon):
             raise ValueError(
                 f"noise is {list(noise.shape)}, observed for {plan.samples} samples of horizon {plan.horizon}"
@@ -281,7 +281,7 @@ class Engine:
         # Before the clock starts, so that a new shape is not timed as a stage.
         self._steps(plan)
         graph = self._graph(session, plan, part) if self.use_graph else None
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         self._observed = None
         with torch.inference_mode(), _current(self.device):
             if inputs is not None:
@@ -344,7 +344,7 @@ class Engine:
         """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""
         return self.weights.embed_tokens[tokens].float() * math.sqrt(self.config.llm.width)
 
-    def _check_start(self, noise: Tensor, continuation: Continuation | None, batch: int) -> None:
+    def _check_start(self, noise: Tensor, continuation: Continuation | None, batch: int, num_steps: int | None) -> None:
         expected = f"float32 [{batch}, samples, horizon, {self.config.action_dim}]"
         fits = noise.ndim == 4 and noise.shape[0] == batch and noise.shape[3] == self.config.action_dim
         if not fits or noise.dtype != torch.float32 or noise.numel() == 0:
@@ -352,7 +352,8 @@ class Engine:
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise contains NaN or infinity")
         if continuation is not None:
-            continuation.validate(self.config, batch, noise.shape[2])
+            num_steps = self.config.num_steps if num_steps is None else num_steps
+            continuation.validate(self.config, batch, noise.shape[2], num_steps)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -362,22 +363,3 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 def _no_lap(stage: str) -> None:
     """A capture has no time of its own."""
-
-
-class _StageClock:
-    """Wall time between laps; waits for the GPU at each, so that a lap is the stage's own time.
-
-    ``wait=False`` leaves the GPU at work: what it has not done yet counts in the next lap.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str, *, wait: bool = True) -> None:
-        if wait and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now

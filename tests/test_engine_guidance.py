@@ -82,8 +82,9 @@ def test_guided_chunks_are_the_references(model_type: ModelType, schedule: Sched
     assert rel_l2(actions, reference_actions(reference(config), inputs, noise, 10)) > 0.01
 
 
-@pytest.mark.parametrize("max_weight", [0.5, 10.0, 1e6])
-@pytest.mark.parametrize(("horizon", "num_steps"), [(1, 1), (3, 5), (9, 4)])
+@pytest.mark.parametrize(
+    ("horizon", "num_steps", "max_weight"), [(1, 1, 0.5), (1, 1, 1.0), (3, 5, 0.5), (3, 5, 1e6), (9, 4, 10.0)]
+)
 def test_other_horizons_steps_and_bounds(horizon: int, num_steps: int, max_weight: float) -> None:
     """One step has nothing but time 1, where the bound alone holds the pull; steps that are not bounded have w(t)."""
     config = small_config("pi05")
@@ -169,6 +170,20 @@ def test_a_sample_of_its_own_is_guided(model_type: ModelType) -> None:
     assert torch.equal(running.sample(noise, continuation=guide).actions, guided)
     with pytest.raises(ValueError, match=r"previous is torch\.float32 \[1, 3, 7\]"):
         running.sample(noise, continuation=guide_of(config, horizon=3))
+
+
+def test_a_single_step_is_not_pulled_too_far() -> None:
+    """The chunk would be what the network foresees, plus ten times the distance to the earlier one."""
+    config = small_config("pi0")
+    running, inputs, noise, guide = engine(config), random_inputs(config), random_noise(config), guide_of(config)
+    with pytest.raises(ValueError, match=r"in a single flow step a max_weight of 10\.0 would overshoot"):
+        running.infer(inputs, noise, num_steps=1, continuation=guide)
+    running.observe(inputs, num_steps=1)
+    with pytest.raises(ValueError, match="in a single flow step"):
+        running.sample(noise, continuation=guide)
+    gentle = dataclasses.replace(guide, weights=torch.ones_like(guide.weights), max_weight=1.0)
+    actions = running.infer(inputs, noise, num_steps=1, continuation=gentle).actions
+    assert rel_l2(actions[0], guide.previous) <= 1e-6
 
 
 @pytest.mark.parametrize(

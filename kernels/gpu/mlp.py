@@ -93,7 +93,7 @@ def mlp_kernel(
             one, two = one * factor, two * factor
             if bias is not None:
                 one += of_rows(bias, time_index, row, pair, row < rows, pair < HIDDEN, 2 * HIDDEN)
-                two += of_rows(bias, time_index, row, HIDDEN + pair, row < rows, pair < HIDDEN, 2 * HIDDEN)
+                two += of_rows(bias + HIDDEN, time_index, row, pair, row < rows, pair < HIDDEN, 2 * HIDDEN)
             mask = (row < rows)[:, None] & (pair < HIDDEN)[None, :]
             y = (gelu(one) * two).to(hidden.dtype.element_ty)
             tl.store(hidden + row[:, None] * HIDDEN + pair[None, :], y, mask=mask)

@@ -88,7 +88,7 @@ def paired_kernel(
     inside, column = pair % HALF, pair // HALF * 2 * HALF + pair % HALF
     if bias is not None:
         one += of_rows(bias, time_index, row, column, row < rows, pair < PAIRS, 2 * PAIRS)
-        two += of_rows(bias, time_index, row, column + HALF, row < rows, pair < PAIRS, 2 * PAIRS)
+        two += of_rows(bias + HALF, time_index, row, column, row < rows, pair < PAIRS, 2 * PAIRS)
     mask = (row < rows)[:, None] & (pair < PAIRS)[None, :]
     if rope_table is None:
         tl.store(out + row[:, None] * PAIRS + pair[None, :], (gelu(one) * two).to(out.dtype.element_ty), mask=mask)

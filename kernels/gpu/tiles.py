@@ -149,15 +149,17 @@ def write_stream(
     at = row[:, None] * N + column[None, :]
     x = tl.where(mask, x, 0.0)
     tl.store(x_ptr + at, x, mask=mask)
+    # The copy before the sums: the other way round ptxas spills for sm_100.
+    y = x
+    if next_scale is not None:
+        y = x * of_rows(next_scale, time_index, row, column, row < rows, column < N, N)
+    tl.store(rounded + at, y.to(rounded.dtype.element_ty), mask=mask)
     block = first_column // SUM_COLUMNS + tl.arange(0, BLOCK_N // SUM_COLUMNS)
     sums_at = row[:, None] * COUNT + block[None, :]
     sums_mask = (row < rows)[:, None] & (block < COUNT)[None, :]
     tl.store(square_sums + sums_at, block_sums(x * x), mask=sums_mask)
     if sums is not None:
         tl.store(sums + sums_at, block_sums(x), mask=sums_mask)
-    if next_scale is not None:
-        x = x * of_rows(next_scale, time_index, row, column, row < rows, column < N, N)
-    tl.store(rounded + at, x.to(rounded.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -170,7 +172,8 @@ def of_rows(terms, time_index, row, column, row_mask, column_mask, N: tl.constex
         return tl.load(terms + column, mask=column_mask, other=0.0)[None, :]
     else:
         entry = tl.load(time_index + row, mask=row_mask, other=0)
-        return tl.load(terms + entry[:, None] * N + column[None, :], mask=column_mask[None, :], other=0.0)
+        own = entry[:, None] * N + column[None, :]
+        return tl.load(terms + own, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit
