@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,3 +236,15 @@ def test_a_batch_takes_one_leftover_each() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             side.infer(batch, leftover=leftover)  # type: ignore[arg-type]
+
+
+def test_the_example_of_the_docs() -> None:
+    """docs/rtc.md, as it stands: each chunk begins where the robot is when it arrives."""
+    text = (Path(__file__).parent.parent / "docs" / "rtc.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    executed: list[NDArray[np.float32]] = []
+    names: dict[str, Any] = {"policy": policy(), "observe": observation, "execute": executed.extend}
+    exec(example, names)
+    assert len(executed) == 3 * 4 and all(action.shape == (ACTIONS,) for action in executed)
+    # No latency has counted before the third chunk, so the first leftover had a delay of 0.
+    assert names["reply"]["rtc"]["used"] and names["executed"] == names["reply"]["rtc"]["delay"]

@@ -24,8 +24,8 @@ Jacobian = Literal["identity", "full"]
 def guidance_weight(time: Tensor, max_weight: float) -> Tensor:
     """min(max_weight, (1 - tau) / tau * 1 / r^2) with tau = 1 - time and r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2).
 
-    Real-Time Execution of Action Chunking Flow Policies, equations 2 and 4, whose time tau runs from noise (0) to
-    actions (1). float64; ``max_weight`` where it would be infinite.
+    From Real-Time Execution of Action Chunking Flow Policies, whose time tau runs from noise (0) to actions (1).
+    float64; ``max_weight`` where it would be infinite.
     """
     tau = 1.0 - time.double()
     r_squared = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
@@ -103,8 +103,8 @@ def sample_with_prefix(
 ) -> Tensor:
     """``Pi0Reference.sample_actions`` of a π0.5 whose first ``rows[b]`` actions are given: those of ``previous``.
 
-    They stay as they are in every step, at flow time 0, where actions are clean. Training-Time Action Conditioning for
-    Efficient Real-Time Chunking, algorithm 1 (whose time runs the other way).
+    They stay as they are in every step, at flow time 0, where actions are clean (Training-Time Action Conditioning for
+    Efficient Real-Time Chunking, whose time runs the other way).
     """
     given = torch.arange(noise.shape[1])[None, :] < torch.tensor(rows)[:, None]
     prefix, pad_mask = model.embed_prefix(images, image_masks, tokens, token_mask)
