@@ -69,8 +69,8 @@ class StepTerms:
     def guidance_weight(self) -> float:
         """How strongly real-time chunking pulls in this step, before it is bounded; infinite at time 1.
 
-        (1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2 with tau = 1 - time (Real-Time Execution of Action Chunking
-        Flow Policies, whose time tau runs the other way).
+        (1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2 with tau = 1 - time, as in Real-Time Execution of Action
+        Chunking Flow Policies, whose time tau runs the other way.
         """
         t = self.time
         return (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t < 1 else math.inf
