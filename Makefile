@@ -11,8 +11,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 TORCH := 2.13.0
+# The client that robots run, to test the server with. Without its dependencies: it asks for numpy 1 and runs on numpy 2.
+OPENPI_CLIENT := 0.1.2
 # Where torch is built without CUDA: a download of 0.2 GB instead of several.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# The lerobot that the adapter is tested with, in an environment of its own: it needs Python 3.12 and an older torch.
+# ``dataset`` is what lerobot-eval needs.
+LEROBOT := lerobot[pi,dataset]==0.6.1
+LEROBOT_VENV := .venv-lerobot
+PYTHON312 ?= python3.12
+LEROBOT_PIP := $(LEROBOT_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+LEROBOT_PLUGIN := python/lerobot_policy_pi0_engine
 
 # Code that ruff reads. mypy reads the package alone (see typecheck).
 CODE := setup.py python kernels engine benchmarks tests
@@ -21,10 +31,14 @@ CODE := setup.py python kernels engine benchmarks tests
 OUTPUT := build/gpu
 BUDGET := 480
 
-.PHONY: help demo test test-full gpu lint format typecheck clean
+# What `make fuzz` sends.
+MESSAGES := 100000
+SEED := 0
+
+.PHONY: help demo test test-full test-lerobot fuzz gpu lint format typecheck clean
 
 help:  ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.plot  ## run π0 with a small model on example frames: a picture, timings, parity
 	$(BIN)/pi0-engine demo
@@ -34,6 +48,12 @@ test: lint  ## lint, then all tests
 
 test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
 	$(BIN)/pytest -m full_size -s
+
+test-lerobot: $(LEROBOT_VENV)/.ready  ## the adapter against the real lerobot: 6 GB of it are installed first (PYTHON312=)
+	$(LEROBOT_VENV)/bin/pytest tests/lerobot
+
+fuzz: $(VENV)/.dev  ## hostile clients against the policy server, a long run (MESSAGES= SEED=)
+	$(BIN)/python tests/fuzz_server.py --messages $(MESSAGES) --seed $(SEED)
 
 # Not in .venv: the Python given brings torch, Triton and pytest, and nothing is installed into it.
 gpu:  ## on a machine with an NVIDIA GPU: build, GPU tests, benchmarks, one table last (PYTHON= OUTPUT= BUDGET=)
@@ -51,10 +71,11 @@ format: $(VENV)/.dev  ## rewrite the code in the project's style
 typecheck: $(VENV)/.dev  ## types alone
 	@rm -rf build/types && mkdir -p build/types/pi0_engine
 	@ln -s "$(CURDIR)"/python/pi0_engine/* "$(CURDIR)"/kernels "$(CURDIR)"/engine build/types/pi0_engine/
-	MYPYPATH=build/types $(BIN)/mypy -p pi0_engine
+	@ln -s "$(CURDIR)"/$(LEROBOT_PLUGIN)/lerobot_policy_pi0_engine build/types/
+	MYPYPATH=build/types $(BIN)/mypy -p pi0_engine -p lerobot_policy_pi0_engine
 
-clean:  ## remove everything that was built, .venv too
-	rm -rf $(VENV) build dist *.egg-info demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## remove everything that was built, .venv and .venv-lerobot too
+	rm -rf $(VENV) $(LEROBOT_VENV) $(LEROBOT_PLUGIN)/build $(LEROBOT_PLUGIN)/*.egg-info build dist *.egg-info demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find python kernels engine tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/pi0_engine/_C*.so
 
@@ -84,4 +105,22 @@ $(VENV)/.torch: $(VENV)/.python
 $(VENV)/.plot $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "installing pi0-engine [$*]"
 	@$(PIP) install -e '.[$*]'
+	@if [ $* = dev ]; then $(PIP) install --no-deps openpi-client==$(OPENPI_CLIENT); fi
+	@touch $@
+
+$(LEROBOT_VENV)/.python:
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	  echo "lerobot needs Python 3.12 or newer: make test-lerobot PYTHON312=/path/to/python3.12"; exit 1; }
+	$(PYTHON312) -m venv $(LEROBOT_VENV)
+	@touch $@
+
+# lerobot decides which torch it is; ours then finds everything that it needs installed.
+$(LEROBOT_VENV)/.lerobot: $(LEROBOT_VENV)/.python
+	@echo "installing $(LEROBOT) into $(LEROBOT_VENV), once: its torch with CUDA and all else take 6 GB on disk"
+	@$(LEROBOT_PIP) install '$(LEROBOT)' 'pytest>=8.2'
+	@touch $@
+
+$(LEROBOT_VENV)/.ready: $(LEROBOT_VENV)/.lerobot setup.py pyproject.toml $(LEROBOT_PLUGIN)/pyproject.toml $(wildcard csrc/*)
+	@echo "installing pi0-engine and $(LEROBOT_PLUGIN) beside it"
+	@$(LEROBOT_PIP) install -e . -e $(LEROBOT_PLUGIN)
 	@touch $@

@@ -69,6 +69,21 @@ void resample_row(const FrameView& frame, int y, const Axis& columns, std::uint8
   }
 }
 
+// Row y of a frame that has the output's size already: nothing to resample, and most cameras are set up so.
+void convert_row(const FrameView& frame, int y, float* out) {
+  const std::uint8_t* pixel = frame.pixels + y * frame.row_stride;
+  const std::ptrdiff_t step = frame.column_stride, channel = frame.channel_stride;
+  if (step == 3 && channel == 1) {
+    for (int i = 0; i < 3 * frame.width; ++i) out[i] = normalize(pixel[i]);
+    return;
+  }
+  for (int x = 0; x < frame.width; ++x, pixel += step, out += 3) {
+    out[0] = normalize(pixel[0]);
+    out[1] = normalize(pixel[channel]);
+    out[2] = normalize(pixel[2 * channel]);
+  }
+}
+
 // Output rows [size * band / bands, ...) of one frame: the picture's rows are divided evenly, the black rows above
 // belong to the first band and those below to the last.
 void run_band(const Job& job, int band, int bands, Scratch& scratch) {
@@ -80,6 +95,11 @@ void run_band(const Job& job, int band, int bands, Scratch& scratch) {
   const int end = static_cast<int>(static_cast<std::int64_t>(picture.height) * (band + 1) / bands);
   if (band == 0) std::fill(job.out, job.out + picture.top * pitch, -1.0f);
   if (band == bands - 1) std::fill(job.out + (picture.top + picture.height) * pitch, job.out + job.size * pitch, -1.0f);
+
+  if (job.frame.height == job.size && job.frame.width == job.size) {
+    for (int y = begin; y < end; ++y) convert_row(job.frame, y, job.out + y * pitch);
+    return;
+  }
 
   int next = begin < end ? job.rows.windows[begin].first : 0;  // the next source row to resample horizontally
   for (int y = begin; y < end; ++y) {

@@ -27,7 +27,7 @@ from pi0_engine.engine.stage_clock import StageClock
 from pi0_engine.engine.time_terms import StepTerms, TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.frames import staging_size
-from pi0_engine.inputs import ModelInputs
+from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.kernels.registry import Ops
 from pi0_engine.kernels.stream import Scratch
 
@@ -70,7 +70,7 @@ class Engine:
         check_free_memory(self.config, self.dtype, self.device)
         with reporting_memory(self.device, "the weights"):
             self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
-            self.time_terms = TimeTerms(source, self.weights.expert, self.device)
+            self.time_terms = TimeTerms(source, self.weights.expert, self.device, self.engine_config.flow_times)
             self.time_terms(self.config.num_steps)
             self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
         self.use_graph = self.device.type == "cuda" and self.engine_config.use_cuda_graph
@@ -301,7 +301,7 @@ class Engine:
         with _current(self.device):
             actions = session.actions()
         if not bool(torch.isfinite(actions).all()):
-            raise ValueError("the model computed NaN or infinity from finite inputs: are the weights finite?")
+            raise NotFiniteError("the model computed NaN or infinity from finite inputs: are the weights finite?")
         return Inference(actions, clock.seconds)
 
     def _issue(self, part: str, session: Session, plan: ShapePlan, lap: Callable[[str], None]) -> None:

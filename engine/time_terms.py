@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pi0_engine.config import FlowTimes
 from pi0_engine.engine.weights import DecoderLayerWeights, TensorSource
 
 #: Rows of a packed weight that are widened to float32 at a time: 8 MB of a full-size expert.
@@ -76,9 +77,15 @@ class StepTerms:
         return (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t < 1 else math.inf
 
 
-def flow_grid(num_steps: int) -> tuple[list[float], float]:
-    """Times of the Euler steps, 1 down to about 1/num_steps, and dt; accumulated in float32 like openpi's."""
+def flow_grid(num_steps: int, rounding: FlowTimes = "openpi") -> tuple[list[float], float]:
+    """Times of the Euler steps, 1 down to about 1/num_steps, and dt.
+
+    Accumulated in float32 like openpi's, or each rounded once like lerobot's. At a period of 4e-3 the difference of
+    1e-7 turns the time embedding by 1e-4.
+    """
     dt, time, times = np.float32(-1.0 / num_steps), np.float32(1.0), []
+    if rounding == "lerobot":
+        return [float(np.float32(1.0 + step * (-1.0 / num_steps))) for step in range(num_steps)], float(dt)
     for _ in range(num_steps):
         times.append(float(time))
         time += dt
@@ -104,8 +111,15 @@ class TimeTerms:
     not kept.
     """
 
-    def __init__(self, source: TensorSource, layers: list[DecoderLayerWeights], device: torch.device) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        layers: list[DecoderLayerWeights],
+        device: torch.device,
+        rounding: FlowTimes = "openpi",
+    ) -> None:
         self._source, self._config, self._layers, self._device = source, source.config, layers, device
+        self._rounding = rounding
         self._known: OrderedDict[tuple[int, bool], tuple[StepTerms, ...]] = OrderedDict()
 
     def __call__(self, num_steps: int, *, per_token: bool = False) -> tuple[StepTerms, ...]:
@@ -119,7 +133,7 @@ class TimeTerms:
         return self._known[key]
 
     def _compute(self, num_steps: int, per_token: bool) -> tuple[StepTerms, ...]:
-        times, dt = flow_grid(num_steps)
+        times, dt = flow_grid(num_steps, self._rounding)
         out, out_bias = self._read("action_out_proj.weight") * dt, self._read("action_out_proj.bias") * dt
         # Where the source's tensors are: on the host, or nowhere ("meta") when only shapes are wanted.
         embedding = time_embedding(times, self._config.expert.width).to(out.device)

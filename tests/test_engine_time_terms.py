@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import MODEL_TYPES, reference, rel_l2, small_config
+from models import MODEL_TYPES, fresh_engine, reference, rel_l2, small_config
 from pi0_engine.config import ModelType, Pi0Config
 from pi0_engine.engine.time_terms import Modulation, StepTerms, TimeTerms, flow_grid, time_embedding
 from pi0_engine.engine.weights import TensorSource, pack_weights
@@ -42,6 +42,19 @@ def test_the_grid_of_ten_steps() -> None:
         torch.tensor(times[1:4] + times[-1:]).tolist()
         == torch.tensor([0.89999998, 0.79999995, 0.69999993, 0.09999993]).tolist()
     )
+
+
+def test_the_grid_of_ten_steps_as_lerobot_rounds_it() -> None:
+    times, dt = flow_grid(10, "lerobot")
+    assert times == torch.linspace(1.0, 0.1, 10, dtype=torch.float64).float().tolist()
+    assert (times[-1], dt) == (float(torch.tensor(0.1)), flow_grid(10)[1])
+    assert times != flow_grid(10)[0]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_an_engine_follows_the_rounding_that_it_is_told(model_type: ModelType) -> None:
+    engine = fresh_engine(small_config(model_type), flow_times="lerobot")
+    assert [step.time for step in engine.time_terms(10)] == flow_grid(10, "lerobot")[0]
 
 
 def test_time_embedding_is_the_references() -> None:

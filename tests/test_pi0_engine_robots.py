@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi0_engine.config import CAMERA_SLOTS, Pi0Config
+from pi0_engine.guards import Guards
 from pi0_engine.robot_files import OPENPI_NAMES, robot_names
 from pi0_engine.robots import AlohaGripper, Camera, RangeMap, Robot, StatePart, bool_mask, get_robot
 
 DOCS = Path(__file__).parent.parent / "docs" / "robots.md"
+SAFETY = DOCS.with_name("safety.md")
 
 
 # --- ALOHA's numbers, worked out by hand --------------------------------------------------------------------------
@@ -198,6 +200,36 @@ def test_a_file_extends_a_built_in_robot_or_another_file(tmp_path: Path) -> None
         get_robot(write(tmp_path, {"extends": "loop.yaml"}, "loop.yaml"))
 
 
+def test_guards_are_off_unless_declared() -> None:
+    for name in robot_names():
+        assert get_robot(name).guards is None and get_robot(name).control_hz is None
+
+
+def test_the_guards_of_the_documentation_load(tmp_path: Path) -> None:
+    match = re.search(r"<!-- example: guarded -->\n```yaml\n(.*?)```", SAFETY.read_text(), re.DOTALL)
+    assert match is not None
+    (tmp_path / "guarded.yaml").write_text(match[1])
+    robot = get_robot(tmp_path / "guarded.yaml")
+    arm = ((-3.0, 3.0), (-1.8, 1.8), (-1.6, 1.6), (-3.0, 3.0), (-1.8, 1.8), (-3.0, 3.0), None)
+    jump = (0.2,) * 6 + (1.0,)
+    assert robot.guards == Guards("clip", arm * 2, (3.0,) * 14, jump * 2, 200) and robot.control_hz == 50
+    assert robot.action_maps == get_robot("aloha").action_maps
+
+
+def test_one_number_or_pair_stands_for_every_dimension(tmp_path: Path) -> None:
+    data = {**minimal(), "control_hz": 10, "guards": {"limits": [-1, 1.5], "max_velocity": 2, "max_jump": [None, 1]}}
+    guards = get_robot(write(tmp_path, data)).guards
+    assert guards == Guards("refuse", ((-1, 1.5),) * 2, (2, 2), (None, 1))
+    assert get_robot(write(tmp_path, {**data, "guards": {**guards.to_dict()}})).guards == guards
+
+
+def test_guards_are_merged_key_by_key_and_taken_away_by_null(tmp_path: Path) -> None:
+    write(tmp_path, {**minimal(), "guards": {"limits": [-1, 1], "max_jump": 1}}, "base.yaml")
+    robot = get_robot(write(tmp_path, {"extends": "base.yaml", "guards": {"on_violation": "hold", "max_jump": 2}}))
+    assert robot.guards == Guards("hold", ((-1, 1),) * 2, max_jump=(2, 2))
+    assert get_robot(write(tmp_path, {"extends": "base.yaml", "guards": None})).guards is None
+
+
 def change(path: str, value: Any) -> Any:
     def apply(data: dict[str, Any]) -> None:
         *parents, last = path.split(".")
@@ -250,6 +282,32 @@ def change(path: str, value: Any) -> Any:
         ("action_horizon", {"pi1": 5}, r"unknown keys \['pi1'\] in action_horizon"),
         ("prompt", 5, "prompt is 5, expected text or null"),
         ("discrete_state_input", "no", "discrete_state_input is 'no', expected true or false"),
+        ("control_hz", 0, "control_hz is 0, expected actions per second, above 0"),
+        ("control_hz", "50", "control_hz is '50', expected a whole number or a number or null"),
+        ("guards", [], r"guards is \[\], expected keys with values or null"),
+        ("guards", {}, "guards without any limit"),
+        ("guards", {"limit": [0, 1]}, r"unknown keys \['limit'\] in guards"),
+        ("guards", {"limits": [0, 1], "jump": 1}, r"unknown keys \['jump'\] in guards"),
+        ("guards", {"limits": [0, 1, 2]}, r"limits\[0\] is \(0, 1, 2\), expected two finite numbers"),
+        ("guards", {"limits": [[0, 1]]}, "limits has 1 entries, expected 2"),
+        (
+            "guards",
+            {"limits": [[0, "1"], None]},
+            r"guards\.limits\[0\]\[1\] is '1', expected a whole number or a number",
+        ),
+        ("guards", {"limits": [[1, 0], None]}, r"limits\[0\] is \(1, 0\), expected two finite numbers"),
+        ("guards", {"limits": [7, None]}, r"guards\.limits\[0\] is 7, expected a list or null"),
+        (
+            "guards",
+            {"max_jump": [0.1, "x"]},
+            r"guards\.max_jump\[1\] is 'x', expected a whole number or a number or null",
+        ),
+        ("guards", {"max_jump": True}, r"guards\.max_jump is True, expected .*a number or a list"),
+        ("guards", {"max_jump": -0.1}, r"max_jump\[0\] is -0\.1, expected a finite number above 0"),
+        ("guards", {"max_velocity": 1}, "max_velocity is per second: it needs control_hz"),
+        ("guards", {"on_violation": "hold", "limits": [0, 1]}, r"dimensions \[0, 1\] have no max_jump"),
+        ("guards", {"on_violation": "stop", "limits": [0, 1]}, "on_violation is 'stop', expected one of"),
+        ("guards", {"max_observation_age_ms": "1 s"}, r"guards\.max_observation_age_ms is '1 s', expected .*a number"),
         ("extends", "drod", "robot 'drod' is none of .*did you mean 'droid'"),
     ],
 )

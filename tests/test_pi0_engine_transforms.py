@@ -283,3 +283,12 @@ def test_four_views() -> None:
     for index, slot in enumerate(slots):
         pixels = observation[f"cam_{slot}"].astype(np.float32) / 255 * 2 - 1
         np.testing.assert_allclose(inputs.images[0, index].numpy(), pixels, atol=1e-6)
+
+
+def test_a_state_that_overflows_when_it_is_normalised() -> None:
+    robot = get_robot("libero")
+    given = observe(robot, seed=0)
+    given["observation/state"] = np.zeros(8)
+    given["observation/state"][3] = 1e300
+    with pytest.raises(ValueError, match=r"the state holds 1e\+300 at index 3"):
+        transform(robot).prepare(given)

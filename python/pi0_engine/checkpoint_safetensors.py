@@ -6,6 +6,7 @@ import json
 import mmap
 import struct
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,27 +71,35 @@ def read_safetensors(paths: list[Path], where: str) -> StoredModel:
     Raises:
         ValueError: a file is damaged, or two tensors have the same name.
     """
+    return name_tensors((stored for path in paths for stored in read_tensors(path).values()), where)
+
+
+def name_tensors(tensors: Iterable[StoredTensor], where: str) -> StoredModel:
+    """The model that tensors with openpi's or lerobot's keys make up, whether they lie in files or in memory.
+
+    Raises:
+        ValueError: two tensors have the same name.
+    """
     entries: dict[str, StoredTensor] = {}
-    for path in paths:
-        for key, stored in read_tensors(path).items():
-            name = normalize_key(key)
-            if name in entries:
-                raise ValueError(f"{where}: tensors {entries[name].key!r} and {key!r} are the same parameter")
-            entries[name] = stored
+    for stored in tensors:
+        name = normalize_key(stored.key)
+        if name in entries:
+            raise ValueError(f"{where}: tensors {entries[name].key!r} and {stored.key!r} are the same parameter")
+        entries[name] = stored
     ignored = [entries.pop(name).key for name in UNUSED_KEYS if name in entries]
     if EMBEDDING_KEY in entries and TIED_EMBEDDING_KEY in entries:
         ignored.append(entries.pop(TIED_EMBEDDING_KEY).key)
     if TIED_EMBEDDING_KEY in entries:
         entries[EMBEDDING_KEY] = entries.pop(TIED_EMBEDDING_KEY)
-    tensors: dict[str, StoredTensor] = {}
+    named: dict[str, StoredTensor] = {}
     unexpected = []
     for name, stored in entries.items():
         canonical = canonical_name(name)
         if canonical is None:
             unexpected.append(stored.key)
         else:
-            tensors[canonical] = stored
-    return StoredModel(where, tensors, tuple(ignored), tuple(unexpected), key_of=openpi_name)
+            named[canonical] = stored
+    return StoredModel(where, named, tuple(ignored), tuple(unexpected), key_of=openpi_name)
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:

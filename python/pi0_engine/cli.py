@@ -15,12 +15,16 @@ from pi0_engine.commands.env import Env
 from pi0_engine.commands.infer import Infer
 from pi0_engine.commands.kernels import Kernels
 from pi0_engine.commands.profile import Profile
+from pi0_engine.commands.replay import Replay
+from pi0_engine.commands.serve import Serve
 from pi0_engine.commands.tune import Tune
 from pi0_engine.commands.verify import Verify
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Infer, tyro.conf.subcommand("infer")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]

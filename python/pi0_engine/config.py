@@ -152,6 +152,7 @@ class Pi0Config:
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 BackendName = Literal["auto", "torch", "triton"]
 AttentionName = Literal["auto", "torch", "triton", "flash_attn"]
+FlowTimes = Literal["openpi", "lerobot"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class EngineConfig:
             None takes 16 on a GPU, and 1 on a CPU, where a new shape costs nothing and padding does.
         max_plans: how many sets of working buffers and graphs (one per shape) are kept before the oldest is freed.
         launch_configs: a JSON file of launch configurations (``pi0-engine tune`` writes them) instead of those shipped.
+        flow_times: whose rounding of the flow steps' times is followed; see ``engine.time_terms.flow_grid``.
         nvtx: mark stages, layers and ops for NVIDIA's profilers; only seen without a CUDA graph.
     """
 
@@ -180,10 +182,12 @@ class EngineConfig:
     prompt_bucket: int | None = None
     max_plans: int = 8
     launch_configs: str | None = None
+    flow_times: FlowTimes = "openpi"
     nvtx: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("dtype", DtypeName), ("backend", BackendName), ("attention", AttentionName)):
+        named = {"dtype": DtypeName, "backend": BackendName, "attention": AttentionName, "flow_times": FlowTimes}
+        for name, kind in named.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {list(get_args(kind))}")
         if self.prompt_bucket is not None and not _is_positive_integer(self.prompt_bucket):

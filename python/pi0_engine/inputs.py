@@ -14,6 +14,10 @@ from pi0_engine.config import Pi0Config
 PIXEL_LIMIT = 1.5
 
 
+class NotFiniteError(ValueError):
+    """The network computed NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """A batch of B observations, ready for the network. All tensors on the CPU.

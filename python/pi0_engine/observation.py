@@ -18,6 +18,10 @@ from pi0_engine.robots import Camera, Robot, StatePart
 _PIXEL_SLACK = 1e-3
 
 
+class ObservationError(ValueError):
+    """An observation that cannot be used: the fault is its sender's, not the policy's."""
+
+
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What a robot said.
@@ -61,7 +65,7 @@ def read_observation(observation: Mapping[str, Any], robot: Robot, prompt: str |
     given = prompt if prompt is not None else values.get(robot.prompt_key, robot.prompt)
     if given is None:
         raise ValueError(_missing(robot.prompt_key, values, robot) + "; there is no default instruction either")
-    return Observation(frames, np.concatenate(parts), _text(given, robot.prompt_key))
+    return Observation(frames, np.concatenate(parts), read_prompt(given, robot.prompt_key))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -129,7 +133,8 @@ def _numbers(value: Any, part: StatePart) -> NDArray[np.float64]:
     return numbers
 
 
-def _text(value: Any, key: str) -> str:
+def read_prompt(value: Any, key: str = "prompt") -> str:
+    """An instruction: text, or UTF-8 bytes, or a numpy array of one of them. Raises ValueError naming ``key``."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bytes):

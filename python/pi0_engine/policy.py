@@ -19,6 +19,8 @@ from pi0_engine.continuation import check_mode, continue_chunks
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import NormStats, load_norm_stats
+from pi0_engine.observation import Observation as ReadObservation
+from pi0_engine.observation import ObservationError
 from pi0_engine.robots import Robot, get_robot
 from pi0_engine.rtc import Leftover, RtcConfig
 from pi0_engine.tokenizer import load_tokenizer
@@ -167,7 +169,7 @@ class Pi0Policy:
 
     def infer(
         self,
-        observation: Observation | Sequence[Observation],
+        observation: Observation | ReadObservation | Sequence[Observation | ReadObservation],
         *,
         prompt: str | None = None,
         noise: ArrayLike | None = None,
@@ -179,7 +181,7 @@ class Pi0Policy:
         """Answer an observation, or a list of B of them, with action chunks.
 
         Args:
-            observation: as the robot's declaration says. Not modified.
+            observation: as the robot's declaration says, or read by it already. Not modified.
             prompt: the instruction; it may change with every call, which costs a table look-up. None takes the
                 subtask planner's, else the observation's, else the robot's default.
             noise: where each chunk starts, float [H, action_dim] (with several samples or observations
@@ -199,15 +201,21 @@ class Pi0Policy:
             then, and how many were used at all (for a list of observations a list).
 
         Raises:
-            ValueError: an observation, prompt, noise or leftover that cannot be used, named.
+            ObservationError: an observation or prompt that cannot be used, named.
+            ValueError: noise or a leftover that cannot be used, named.
         """
         started = time.perf_counter()
-        single = isinstance(observation, Mapping)
+        single = not isinstance(observation, Sequence)
         if prompt is None and self.subtask is not None:
             if not isinstance(observation, Mapping):
-                raise ValueError("a subtask planner serves one robot: got a batch of observations; give prompt=")
+                raise ValueError(
+                    "a subtask planner serves one robot, by its observation as a dict: give prompt= instead"
+                )
             prompt = self.subtask.instruction(observation)
-        inputs, context = self.transform.prepare(observation, prompt=prompt)
+        try:
+            inputs, context = self.transform.prepare(observation, prompt=prompt)
+        except ValueError as error:
+            raise ObservationError(str(error)) from error
         start = self._noise(noise, seed, inputs.batch, num_samples)
         leftovers = _per_observation(leftover, inputs.batch, single=single)
         continuation, used = continue_chunks(leftovers, self.rtc, self.transform, context, start.shape[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from pi0_engine.config import ModelType
+from pi0_engine.guards import Guards
 from pi0_engine.robots import AlohaGripper, Camera, RangeMap, Robot, StateMap, StatePart, bool_mask
 
 _FOLDER = Path(__file__).with_name("data") / "robots"
@@ -59,7 +61,10 @@ def _locate(source: str | Path) -> Path:
 
 
 def _merged(path: Path, above: list[Path]) -> dict[str, Any]:
-    """The file's content over that of the robot it ``extends``; ``state`` and ``actions`` are merged key by key."""
+    """The file's content over that of the robot it ``extends``.
+
+    ``state``, ``actions`` and ``guards`` are merged key by key.
+    """
     if path.resolve() in above:
         raise ValueError(f"{path} extends itself")
     try:
@@ -73,7 +78,7 @@ def _merged(path: Path, above: list[Path]) -> dict[str, Any]:
         return {"name": path.stem, **data}
     beside = path.parent / str(parent)
     base = _merged(beside if beside.is_file() else _locate(str(parent)), [*above, path.resolve()])
-    for section in ("state", "actions"):
+    for section in ("state", "actions", "guards"):
         if isinstance(base.get(section), dict) and isinstance(data.get(section), dict):
             data[section] = {**base[section], **data[section]}
     return {**base, "name": path.stem, **data}
@@ -163,6 +168,8 @@ def _robot(root: _Section) -> Robot:
         prompt_key=root.get("prompt_key", str, "prompt"),
         action_horizon=_horizons(root.get("action_horizon", (int, dict), {}), root),
         discrete_state_input=root.get("discrete_state_input", (bool, type(None)), None),
+        control_hz=root.get("control_hz", (int, float, type(None)), None),
+        guards=_guards(root, actions.get("dim", int)),
     )
     for section in (root, state, actions):
         section.done()
@@ -208,3 +215,76 @@ def _horizons(value: int | Mapping[Any, Any], root: _Section) -> dict[ModelType,
     horizons = {key: section.get(key, int) for key in get_args(ModelType) if key in section.data}
     section.done()
     return horizons
+
+
+def _guards(root: _Section, action_dim: int) -> Guards | None:
+    if root.get("guards", (dict, type(None)), None) is None:
+        return None
+    section = root.section("guards")
+    declared: dict[str, Any] = {
+        "on_violation": section.get("on_violation", str, "refuse"),
+        "limits": _limits(section, action_dim),
+        "max_velocity": _per_dim(section, "max_velocity", action_dim),
+        "max_jump": _per_dim(section, "max_jump", action_dim),
+        "max_observation_age_ms": section.get("max_observation_age_ms", (int, float, type(None)), None),
+    }
+    section.done()
+    return Guards(**declared)
+
+
+def _per_dim(section: _Section, name: str, action_dim: int) -> tuple[float | None, ...] | None:
+    """A number for every action dimension, or a list with one entry (or null) for each."""
+    value = section.get(name, (int, float, list, type(None)), None)
+    if isinstance(value, list):
+        return section.items(name, (int, float, type(None)))
+    return None if value is None else (value,) * action_dim
+
+
+def _limits(section: _Section, action_dim: int) -> tuple[tuple[float, float] | None, ...] | None:
+    """``[low, high]`` for every action dimension, or a list with one such pair (or null) for each."""
+    value = section.get("limits", (list, type(None)), None)
+    if value is None:
+        return None
+    if value and all(isinstance(entry, (int, float)) for entry in value):
+        return (section.items("limits", (int, float)),) * action_dim  # Guards checks that it is a pair
+    pairs = section.items("limits", (list, type(None)))
+    entries = {f"limits[{i}]": pair for i, pair in enumerate(pairs) if pair is not None}
+    nested = _Section(entries, section.name, section.path)
+    numbers = {name: nested.items(name, (int, float)) for name in entries}
+    return tuple(numbers.get(f"limits[{i}]") for i in range(len(pairs)))
+
+
+def declaration(robot: Robot) -> dict[str, Any]:
+    """A robot as the content of a robot file, in full: JSON values from which :func:`parse_robot` makes it again."""
+    delta = [(1 if relative else -1) * len(list(run)) for relative, run in itertools.groupby(robot.delta_mask)]
+    return {
+        "name": robot.name,
+        "slots": list(robot.slots),
+        "cameras": {c.key: {"slot": c.slot, "required": c.required, "layout": c.layout} for c in robot.cameras},
+        "state": {
+            "keys": {part.key: part.size for part in robot.state},
+            "maps": [_declared_map(mapping) for mapping in robot.state_maps],
+        },
+        "actions": {
+            "dim": robot.action_dim,
+            "delta": delta,
+            "maps": [_declared_map(mapping) for mapping in robot.action_maps],
+        },
+        "prompt": robot.prompt,
+        "prompt_key": robot.prompt_key,
+        "action_horizon": dict(robot.action_horizon),
+        "discrete_state_input": robot.discrete_state_input,
+        "control_hz": robot.control_hz,
+        "guards": None if robot.guards is None else robot.guards.to_dict(),
+    }
+
+
+def parse_robot(data: Any, where: str | Path) -> Robot:
+    """The robot of a :func:`declaration`; ``where`` it was found is for messages. Raises ValueError."""
+    return _robot(_Section(data, "", Path(where)))
+
+
+def _declared_map(mapping: StateMap) -> dict[str, Any]:
+    if isinstance(mapping, AlohaGripper):
+        return {"dims": list(mapping.dims), "kind": "aloha_gripper"}
+    return {"dims": list(mapping.dims), "robot": list(mapping.robot), "model": list(mapping.model)}

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0_engine.config import ModelType, Pi0Config
+from pi0_engine.guards import Guards
 
 Layout = Literal["hwc", "chw", "any"]
 FloatArray = NDArray[np.floating[Any]]
@@ -116,6 +117,8 @@ class Robot:
         prompt_key: key of the instruction.
         action_horizon: actions per chunk in the released checkpoints, per model type, where known.
         discrete_state_input: whether π0.5's prompt holds the state, where the released checkpoint differs from π0.5.
+        control_hz: actions that the robot executes per second, where known.
+        guards: limits of its actions; None refuses NaN and infinity only.
 
     Raises:
         ValueError: anything inconsistent, naming it.
@@ -133,6 +136,8 @@ class Robot:
     prompt_key: str = "prompt"
     action_horizon: Mapping[ModelType, int] = field(default_factory=dict)
     discrete_state_input: bool | None = None
+    control_hz: float | None = None
+    guards: Guards | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -228,6 +233,13 @@ def _check(robot: Robot) -> None:
     for model_type, horizon in robot.action_horizon.items():
         if model_type not in get_args(ModelType) or horizon < 1:
             raise ValueError(f"{where}: action_horizon has {model_type!r}: {horizon}, expected pi0 or pi05: at least 1")
+    if robot.control_hz is not None and not (np.isfinite(robot.control_hz) and robot.control_hz > 0):
+        raise ValueError(f"{where}: control_hz is {robot.control_hz!r}, expected actions per second, above 0")
+    if robot.guards is not None:
+        try:
+            robot.guards.validate(robot.action_dim, robot.state_dim, robot.control_hz)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
 def _check_dims(where: str, maps: Sequence[StateMap], size: int) -> None:

@@ -7,6 +7,7 @@ The order is that of openpi's transforms (``policies/policy_config.py``, ``train
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0_engine.config import Pi0Config
 from pi0_engine.images import FramePreprocessor
-from pi0_engine.inputs import ModelInputs
+from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.normalization import NormStats
-from pi0_engine.observation import Observation, read_observation
+from pi0_engine.observation import Observation, read_observation, read_prompt
 from pi0_engine.robots import Robot
 from pi0_engine.tokenizer import Tokenizer
 
@@ -98,13 +99,14 @@ class ObservationTransform:
 
     def prepare(
         self,
-        observations: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        observations: Mapping[str, Any] | Observation | Sequence[Mapping[str, Any] | Observation],
         prompt: str | bytes | None = None,
     ) -> tuple[ModelInputs, Context]:
         """One observation, or a batch of B.
 
         Args:
-            observations: one dict, or a list of them (docs/robots.md says what they hold). Not modified.
+            observations: one dict, or a list of them (docs/robots.md says what they hold). Not modified. Either may
+                have been read already, by :func:`pi0_engine.observation.read_observation`.
             prompt: an instruction that takes precedence over those in the observations.
 
         Returns:
@@ -112,15 +114,16 @@ class ObservationTransform:
             absent camera are zeros under a False mask; they are never read.
 
         Raises:
-            ValueError: see :func:`pi0_engine.observation.read_observation`; in a batch the message says which one.
+            ValueError: see :func:`pi0_engine.observation.read_observation`; a state that is finite, but not any more
+                when it is normalised. In a batch the message says which observation.
         """
-        if isinstance(observations, Mapping):
-            read = [read_observation(observations, self.robot, prompt)]
+        if isinstance(observations, (Mapping, Observation)):
+            read = [self._read(observations, prompt)]
         else:
             read = self._read_batch(observations, prompt)
         robot_state = np.stack([observation.state for observation in read])
         state = self.robot.state_to_model(robot_state)
-        normalized = self.stats.state.normalize(state)
+        normalized = self._normalized(state)
         image_masks = np.array([[slot in observation.frames for slot in self.robot.slots] for observation in read])
         frames = tuple(tuple(o.frames[slot] for slot in self.robot.slots if slot in o.frames) for o in read)
         images = None if self.raw_frames else torch.from_numpy(self._images(frames, image_masks))
@@ -154,7 +157,7 @@ class ObservationTransform:
         if values.ndim < 3 or values.shape[0] != batch or values.shape[-1] != width:
             raise ValueError(f"actions have shape {list(values.shape)}, expected [{batch}, ..., H, {width}]")
         if not np.isfinite(values).all():
-            raise ValueError("the network's actions contain NaN or infinity")
+            raise NotFiniteError("the network's actions contain NaN or infinity")
         model_units = self.stats.actions.unnormalize(values)[..., : self.robot.action_dim]
         return self.robot.actions_to_robot(model_units, _per_chunk(context.state, values.ndim)).astype(np.float32)
 
@@ -175,13 +178,30 @@ class ObservationTransform:
         model_units = self.robot.actions_to_model(values, _per_chunk(context.state, values.ndim))
         return self._pad(self.stats.actions.normalize(model_units))
 
-    def _read_batch(self, batch: Sequence[Mapping[str, Any]], prompt: str | bytes | None) -> list[Observation]:
+    def _normalized(self, state: FloatArray) -> FloatArray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            normalized = self.stats.state.normalize(state)
+            fits = np.isfinite(normalized.astype(np.float32))
+        if not fits.all():
+            index = int(np.argmin(fits.all(axis=0)))
+            given = state[int(np.argmin(fits[:, index])), index]
+            raise ValueError(f"the state holds {given} at index {index}, normalised that is beyond float32")
+        return normalized
+
+    def _read(self, given: Mapping[str, Any] | Observation, prompt: str | bytes | None) -> Observation:
+        if isinstance(given, Observation):
+            return given if prompt is None else dataclasses.replace(given, prompt=read_prompt(prompt))
+        return read_observation(given, self.robot, prompt)
+
+    def _read_batch(
+        self, batch: Sequence[Mapping[str, Any] | Observation], prompt: str | bytes | None
+    ) -> list[Observation]:
         if len(batch) == 0:
             raise ValueError("the batch of observations is empty, expected at least one")
         read = []
         for index, observation in enumerate(batch):
             try:
-                read.append(read_observation(observation, self.robot, prompt))
+                read.append(self._read(observation, prompt))
             except ValueError as error:
                 raise ValueError(f"observation {index}: {error}") from error
         return read

@@ -46,8 +46,11 @@ class Bench:
     """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
     baseline: Literal["reference"] | None = None
     """Also time the plain PyTorch reference, which computes every camera slot and all padding."""
+    layers: bool = False
+    """Instead of the stages: engine, pre- and post-processing, policy and websocket round trip, for an ALOHA with up to
+    three 224 x 224 cameras, and what the server costs beyond the engine."""
     runs: int = 10
-    """Timed runs, after one to warm up."""
+    """Timed runs, after one to warm up (--layers: five)."""
     json: bool = False
     """Print one JSON object instead of text."""
     plot: str | None = None
@@ -55,14 +58,6 @@ class Bench:
 
     def run(self) -> int:
         config = Pi0Config.load(self.config)
-        work = Workload(
-            config,
-            views=self.views,
-            prompt_tokens=self.prompt_tokens,
-            horizon=config.action_horizon if self.horizon is None else self.horizon,
-            num_steps=config.num_steps if self.num_steps is None else self.num_steps,
-            seed=self.random_weights,
-        )
         engine = EngineConfig(
             device=self.device,
             dtype=self.dtype,
@@ -70,6 +65,16 @@ class Bench:
             attention=self.attention,
             use_cuda_graph=self.cuda_graph,
             launch_configs=self.launch_configs,
+        )
+        if self.layers:
+            return self._layers(config, engine)
+        work = Workload(
+            config,
+            views=self.views,
+            prompt_tokens=self.prompt_tokens,
+            horizon=config.action_horizon if self.horizon is None else self.horizon,
+            num_steps=config.num_steps if self.num_steps is None else self.num_steps,
+            seed=self.random_weights,
         )
         report = run_benchmark(
             work,
@@ -85,6 +90,41 @@ class Bench:
         if self.plot:
             _plot(report, self.plot)
         return 0
+
+    def _layers(self, config: Pi0Config, engine: EngineConfig) -> int:
+        if self.baseline or self.plot:
+            raise ValueError("--layers knows neither --baseline nor --plot")
+        from pi0_engine.serving.latency import measure_shells
+
+        report = measure_shells(
+            config,
+            engine,
+            views=self.views,
+            runs=self.runs,
+            seed=self.random_weights,
+            progress=show_progress(self.json),
+        )
+        if self.json:
+            print_json(report)
+        else:
+            print(_layers_text(report))
+        return 0
+
+
+def _layers_text(report: dict[str, Any]) -> str:
+    seen, beyond = report["observation"], report["beyond_engine"]
+    rows = [[shell, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}"] for shell, row in report["shells"].items()]
+    return "\n".join(
+        [
+            f"{report['model']}, {report['dtype']}, {seen['views']} cameras of {seen['side']} x {seen['side']} "
+            f"({seen['message_bytes'] / 1e6:.2f} MB), {report['runs']} runs on {report['machine']['device']}",
+            "",
+            table(["shell", "p50 ms", "p99 ms"], rows),
+            "",
+            f"round trip beyond the engine, request by request: {beyond['p50_ms']:.2f} ms (p50), "
+            f"{beyond['p99_ms']:.2f} ms (p99)",
+        ]
+    )
 
 
 def _text(report: dict[str, Any]) -> str:

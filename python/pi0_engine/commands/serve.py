@@ -1,0 +1,159 @@
+"""``pi0-engine serve``: a policy server for openpi's clients, and for ours."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pi0_engine.commands.options import Backend, Dtype, ModelOptions, show_progress
+from pi0_engine.config import EngineConfig
+from pi0_engine.normalization import NormStats
+from pi0_engine.policy import Pi0Policy
+from pi0_engine.recording import Recorder, describe_policy
+from pi0_engine.robots import Robot, get_robot
+from pi0_engine.rtc import Mode, RtcConfig, Schedule
+from pi0_engine.serving.access import Keys
+from pi0_engine.serving.server import PolicyServer, ServerOptions
+from pi0_engine.serving.service import Service, ServiceOptions
+from pi0_engine.tokenizer_files import demo_tokenizer
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a policy on openpi's websocket protocol.
+
+    A robot that talks to openpi changes one address. Prints one line, `ready on ws://HOST:PORT`, when the policy has
+    answered once; the log goes to stderr. `GET /healthz` answers from the start, `/readyz` from then on, `/metrics`
+    is for Prometheus. SIGTERM ends it when the answers under way are out. docs/serving.md says more. Example:
+
+        pi0-engine serve --checkpoint CHECKPOINT --robot droid --device cuda
+    """
+
+    robot: str
+    """'aloha', 'droid', 'libero', ..., or a declaration file (docs/robots.md)."""
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+    host: str = "127.0.0.1"
+    """Address to listen on. Beyond this machine (0.0.0.0, ::) only with --api-key-file."""
+    port: int = 8000
+    """0 takes a free one."""
+    api_key_file: str | None = None
+    """Keys that clients must send, one per line: openpi's `Authorization: Api-Key KEY`."""
+    allow_unauthenticated: bool = False
+    """Listen beyond this machine without keys."""
+    tls_cert: str | None = None
+    """PEM certificate: serve wss:// instead of ws://. Needs --tls-key."""
+    tls_key: str | None = None
+    device: str = "cpu"
+    dtype: Dtype = "auto"
+    backend: Backend = "auto"
+    launch_configs: str | None = None
+    """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
+    tokenizer: str | None = None
+    """Sentencepiece .model or tokenizer.json; looked for beside the checkpoint and in caches where not given."""
+    norm_stats: str | None = None
+    """Statistics file or directory; looked for in the checkpoint where not given."""
+    asset_id: str | None = None
+    """Which statistics, where the checkpoint has several."""
+    rtc_mode: Mode = "guided"
+    """How a chunk continues the one in execution, for clients that ask for it: 'guided' with any checkpoint, 'trained'
+    for π0.5 checkpoints that were trained so (docs/rtc.md)."""
+    rtc_schedule: Schedule = "linear"
+    """How the pull towards the old chunk fades between delay and execution horizon. Guided."""
+    rtc_execution_horizon: int = 10
+    """Actions of the new chunk that are pulled at all. Guided."""
+    rtc_max_guidance_weight: float = 10.0
+    """Bound of the pull in the first flow steps. Guided."""
+    seed: int | None = None
+    """Of the noise: the n-th session always draws the same. Not given: from the operating system."""
+    metadata: str | None = None
+    """JSON file of what clients are told before everything else, e.g. {"reset_pose": [...]}."""
+    max_sessions: int = 32
+    """Connections at a time."""
+    max_waiting: int = 8
+    """Sessions that may wait for the engine; a further one is told at once that the queue is full."""
+    max_message_mb: float = 16.0
+    """Largest message, in 10^6 bytes."""
+    drain_s: float = 10.0
+    """After SIGTERM, how long answers under way may take."""
+    record: str | None = None
+    """Write observations and answers into this directory (docs/recording.md)."""
+    record_gb: float = 10.0
+    """Of them, keep the newest so many 10^9 bytes."""
+    verbose: bool = False
+    """Also log every refused message."""
+
+    def run(self) -> int:
+        logging.getLogger("pi0_engine").setLevel(logging.INFO if self.verbose else logging.WARNING)
+        options = ServerOptions(
+            host=self.host,
+            port=self.port,
+            keys=Keys.read(self.api_key_file) if self.api_key_file else Keys(),
+            allow_unauthenticated=self.allow_unauthenticated,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            max_message_mb=self.max_message_mb,
+            drain_s=self.drain_s,
+        )
+        robot = get_robot(self.robot)
+        rtc = RtcConfig(self.rtc_mode, self.rtc_schedule, self.rtc_execution_horizon, self.rtc_max_guidance_weight)
+        service = Service(
+            lambda: self._load(robot, rtc),
+            ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata)),
+            record=self._recorder if self.record else None,
+        )
+        server = PolicyServer(service, options, on_ready=lambda address: print(f"ready on {address}", flush=True))
+        asyncio.run(_until_signalled(server))
+        return 0
+
+    def _load(self, robot: Robot, rtc: RtcConfig) -> Pi0Policy:
+        is_random = self.model.random_weights is not None  # no files of its own: the demo's tokenizer, no statistics
+        return Pi0Policy.from_checkpoint(
+            self.model.open(),
+            robot=robot,
+            engine=EngineConfig(
+                device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
+            ),
+            tokenizer=self.tokenizer or (demo_tokenizer() if is_random else None),
+            norm_stats=self.norm_stats or (NormStats.identity() if is_random else None),
+            asset_id=self.asset_id,
+            rtc=rtc,
+            progress=show_progress(False),
+        )
+
+    def _recorder(self, policy: Pi0Policy) -> Recorder:
+        assert self.record is not None
+        sources = {**vars(self.model), "tokenizer": self.tokenizer, "norm_stats": self.norm_stats}
+        metadata = describe_policy(policy, **sources, asset_id=self.asset_id, seed=self.seed)
+        return Recorder(self.record, metadata, max_bytes=int(self.record_gb * 1e9))
+
+
+async def _until_signalled(server: PolicyServer) -> None:
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+
+    def stop() -> None:
+        for number in numbers:  # a second signal ends the process at once
+            loop.remove_signal_handler(number)
+        server.stop()
+
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    await server.run()
+
+
+def _metadata(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the metadata: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, expected an object with names and values")
+    return data

@@ -1,0 +1,1 @@
+"""A policy server on openpi's websocket protocol: ``pi0-engine serve`` (docs/serving.md)."""

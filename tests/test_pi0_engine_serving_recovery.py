@@ -1,0 +1,122 @@
+"""The command as a process: signals, and what is killed without warning."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import websockets.exceptions
+import websockets.sync.client as websocket
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+from pi0_engine.cli import main
+from pi0_engine.serving.wire import packb, unpackb
+from serving import PATIENCE_S, observation, process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_killed_server_is_noticed_and_a_new_one_serves_on(tmp_path: Path) -> None:
+    port = free_port()
+    with process(tmp_path, port=port) as (server, _):
+        client = WebsocketClientPolicy("127.0.0.1", port)
+        assert client.infer(observation())["actions"].shape == (10, 7)
+        server.send_signal(signal.SIGKILL)
+        with pytest.raises(websockets.exceptions.ConnectionClosedError):
+            client.infer(observation())
+    with process(tmp_path, port=port):
+        client = WebsocketClientPolicy("127.0.0.1", port)
+        answer = client.infer(observation())
+        assert answer["session"]["sequence"] == 1  # nothing of the old session is left
+
+
+CLIENT = """
+import sys, time
+import websockets.sync.client as websocket
+with websocket.connect(sys.argv[1], compression=None) as connection:
+    connection.recv()
+    message = sys.stdin.buffer.read()
+    connection.send(message)
+    print("sent", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_client_killed_in_the_middle_of_a_request_leaves_nothing_behind(tmp_path: Path) -> None:
+    with process(tmp_path) as (server, port):
+        address = f"ws://127.0.0.1:{port}"
+        for _ in range(3):
+            command = [sys.executable, "-c", CLIENT, address]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+                assert client.stdin is not None and client.stdout is not None
+                client.stdin.write(packb(observation()))
+                client.stdin.close()
+                assert client.stdout.readline() == b"sent\n"
+                client.kill()
+        with websocket.connect(address, compression=None) as connection:
+            connection.recv(PATIENCE_S)
+            connection.send(packb(observation()))
+            answer = unpackb(connection.recv(PATIENCE_S))
+            assert answer["session"]["sequence"] == 1 and answer["actions"].shape == (10, 7)
+            end = time.monotonic() + PATIENCE_S
+            while "pi0_sessions 1.0" not in _metrics(port) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert "pi0_sessions 1.0" in _metrics(port)  # this one
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def _metrics(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
+        return str(response.read().decode())
+
+
+def test_what_cannot_be_served_is_said_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def error(*arguments: str) -> str:
+        assert main(["serve", "--robot", "libero", *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "expected exactly one of --checkpoint and --random-weights" in error("--port", "0")
+    assert "no key is asked" in error("--host", "0.0.0.0", "--random-weights", "0")
+    assert "cannot read the API keys" in error("--api-key-file", str(tmp_path / "none"))
+    assert "both --tls-cert and --tls-key" in error("--tls-cert", "cert.pem")
+    (tmp_path / "list.json").write_text("[1]")
+    assert "expected an object" in error("--metadata", str(tmp_path / "list.json"))
+    assert "max_waiting is 0" in error("--max-waiting", "0")
+    assert main(["serve", "--robot", "r2d2", "--random-weights", "0"]) == 2
+    assert "r2d2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_what_was_served_is_recorded_and_replayed(
+    tmp_path: Path, end: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = tmp_path / "recorded"
+    with process(tmp_path, "--record", str(recorded)) as (server, port):
+        with websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection:
+            connection.recv(PATIENCE_S)
+            for number in range(6):
+                rtc = {"rtc": {"executed": 2, "delay": 1}} if number > 2 else {}
+                connection.send(packb({**observation(seed=number), "pi0_engine": {"request": number, **rtc}}))
+                assert unpackb(connection.recv(PATIENCE_S))["request"] == number
+        deadline = time.monotonic() + PATIENCE_S
+        while end == signal.SIGKILL and len(list(recorded.rglob("*.safetensors"))) < 6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.send_signal(end)
+        server.wait(PATIENCE_S)
+    assert main(["replay", str(recorded), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] and result["compared"] >= (6 if end == signal.SIGTERM else 5)
+    assert main(["replay", str(recorded), "--json", "--random-weights", "1"]) == 1  # other weights, other actions
