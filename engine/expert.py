@@ -24,7 +24,8 @@ def embed_actions(ops: Ops, action: ActionWeights, terms: StepTerms, space: Work
     out, scratch, next_scale = space.suffix[: space.plan.action_rows], space.scratch, terms.input_norms[0].scale
     actions, hidden = space["actions"], space["action_hidden"]
     if action.mlp_out is None:  # π0.5: the time enters through adaRMS instead
-        ops.linear(actions, action.embed, terms.embed_bias, None, next_scale, out=out, scratch=scratch)
+        index = space.time_index
+        ops.linear(actions, action.embed, terms.embed_bias, None, next_scale, index, out=out, scratch=scratch)
         return
     ops.linear(actions, action.embed, terms.embed_bias, "silu", None, out=hidden, scratch=scratch)
     ops.linear(hidden, action.mlp_out, action.mlp_out_bias, None, next_scale, out=out, scratch=scratch)
@@ -34,7 +35,7 @@ def expert_layer(
     ops: Ops, config: GemmaConfig, index: int, w: DecoderLayerWeights, terms: StepTerms, space: Workspace, rows: int
 ) -> None:
     """One layer over the first ``rows`` rows of the suffix stream, in place: four ops."""
-    x, scratch = space.suffix[:rows], space.scratch
+    x, scratch, index_of_time = space.suffix[:rows], space.scratch, space.time_index
     q, mixed, hidden = (space[name][:rows] for name in ("suffix_q", "suffix_mixed", "suffix_hidden"))
     k, v = space["suffix_k"][index], space["suffix_v"][index]
     norm1, norm2, after = terms.input_norms[index], terms.mlp_norms[index], terms.scale_after_layer(index)
@@ -45,6 +46,7 @@ def expert_layer(
         norm1.bias,
         space.rope_table,
         space.suffix_positions[:rows],
+        index_of_time,
         q=q,
         k=k[:rows],
         v=v[:rows],
@@ -66,7 +68,16 @@ def expert_layer(
         out=mixed,
         scratch=scratch,
     )
-    ops.linear_residual(mixed, w.o, None, norm1.gate, norm2.scale, residual=x, scratch=scratch)
+    ops.linear_residual(mixed, w.o, None, norm1.gate, norm2.scale, index_of_time, residual=x, scratch=scratch)
     ops.rmsnorm_mlp_residual(
-        w.gate_up, w.down, norm2.scale, norm2.bias, norm2.gate, after, hidden=hidden, residual=x, scratch=scratch
+        w.gate_up,
+        w.down,
+        norm2.scale,
+        norm2.bias,
+        norm2.gate,
+        after,
+        index_of_time,
+        hidden=hidden,
+        residual=x,
+        scratch=scratch,
     )

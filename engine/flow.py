@@ -54,6 +54,7 @@ def flow_step(
         terms.guidance_weight,
         terms.time,
         terms.dt,
+        space.time_index,
         actions=space["actions"],
         scratch=space.scratch,
     )

@@ -47,6 +47,7 @@ class ShapePlan:
         patches: image tokens of each view.
         frames: (bytes, table entries) reserved for frames that the engine resizes; None where pixels are given.
         state_rows: state tokens, one per observation in π0, none in π0.5 (whose prompt holds the state).
+        per_token_time: whether each action token has a flow time of its own, the step's or 0 (guidance.py).
     """
 
     views: tuple[int, ...]
@@ -58,6 +59,7 @@ class ShapePlan:
     patches: int
     state_rows: int
     frames: tuple[int, int] | None = None
+    per_token_time: bool = False
 
     @classmethod
     def of(
@@ -71,12 +73,15 @@ class ShapePlan:
         num_steps: int | None = None,
         prompt_bucket: int = 1,
         frames: tuple[int, int] | None = None,
+        per_token_time: bool = False,
     ) -> ShapePlan:
         """Lengths for observations with these camera and prompt token counts (one entry each).
 
         Raises:
-            ValueError: a count that is not positive where it must be.
+            ValueError: a count that is not positive where it must be, or a time per token of a model that has none.
         """
+        if per_token_time:
+            check_per_token_time(config)
         horizon = config.action_horizon if horizon is None else horizon
         num_steps = config.num_steps if num_steps is None else num_steps
         for name, value in (("num_samples", samples), ("action horizon", horizon), ("num_steps", num_steps)):
@@ -91,7 +96,9 @@ class ShapePlan:
         exact = prompt_bucket == 1 and all(length == prefix for length in lengths)
         state_rows = 0 if config.is_pi05 else len(views)
         patches, frames = config.vision.num_patches, frame_bucket(frames) if frames and any(views) else None
-        return cls(tuple(views), prefix, exact, samples, horizon, num_steps, patches, state_rows, frames)
+        return cls(
+            tuple(views), prefix, exact, samples, horizon, num_steps, patches, state_rows, frames, per_token_time
+        )
 
     @property
     def batch(self) -> int:
@@ -125,6 +132,15 @@ class ShapePlan:
     def suffix_rows(self) -> int:
         """Action tokens, then state tokens."""
         return self.action_rows + self.state_rows
+
+
+def check_per_token_time(config: Pi0Config) -> None:
+    """Raise ValueError saying why the model's action tokens all have the same flow time."""
+    if not config.is_pi05:
+        raise ValueError(
+            "π0 was trained with one flow time for all actions of a chunk, which is part of its action tokens: a given "
+            "prefix at time 0 needs a π0.5 checkpoint that was trained with one (the time enters through adaRMS there)"
+        )
 
 
 def frame_bucket(needed: tuple[int, int]) -> tuple[int, int]:
@@ -181,6 +197,7 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
         Buffer("previous", (actions, config.action_dim), f32, VISION, FLOW),
         Buffer("prefix_weights", (actions,), f32, VISION, FLOW),
         Buffer("max_weight", (1,), f32, VISION, FLOW),
+        Buffer("time_index", (actions if plan.per_token_time else 0,), torch.int32, VISION, FLOW),
         Buffer("action_hidden", (actions, expert.width), f32, FLOW, FLOW),
         *_stream_buffers("suffix", suffix, expert.width, dtype, FLOW, FLOW),
         Buffer("suffix_q", (suffix, expert.q_dim), dtype, FLOW, FLOW),
@@ -228,6 +245,7 @@ class Workspace:
         vision, prefix, suffix: residual streams [images * patches, W], [B * P, W], [action and state tokens, W].
         lengths: int32 [B] valid prefix rows; ``masked_lengths`` is the same, or None where every row is valid.
         prefix_positions [B * P], suffix_positions [action and state tokens]: int32 RoPE positions.
+        time_index: int32 [action tokens], 1 at flow time 0 and 0 at the step's, or None where all are at the step's.
         rope_table: float32 [positions, head_dim], cosines then sines.
         scratch: working memory of the ops, shared by all plans of an engine.
     """
@@ -252,6 +270,7 @@ class Workspace:
         self.vision, self.prefix, self.suffix = (self._stream(name) for name in ("vision", "prefix", "suffix"))
         self.lengths = torch.zeros(plan.batch, dtype=torch.int32, device=device)
         self.masked_lengths = None if plan.exact else self.lengths
+        self.time_index = self["time_index"] if plan.per_token_time else None
         self.prefix_positions = torch.arange(plan.prefix, dtype=torch.int32, device=device).repeat(plan.batch)
         self.suffix_positions = torch.zeros(plan.suffix_rows, dtype=torch.int32, device=device)
         # Relative to the observation's prefix: the state token comes first, the actions follow.

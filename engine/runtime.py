@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,11 +19,12 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.engine import pipeline
 from pi0_engine.engine.choices import choose_ops, resolve_device, resolve_dtype
 from pi0_engine.engine.graph import CapturedGraph
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import Continuation, FixedPrefix
 from pi0_engine.engine.memory import check_free_memory, reporting_memory
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
-from pi0_engine.engine.time_terms import TimeTerms
+from pi0_engine.engine.stage_clock import StageClock
+from pi0_engine.engine.time_terms import StepTerms, TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.frames import staging_size
 from pi0_engine.inputs import ModelInputs, NotFiniteError
@@ -83,7 +83,7 @@ class Engine:
         noise: Tensor,
         *,
         num_steps: int | None = None,
-        continuation: Guide | None = None,
+        continuation: Continuation | None = None,
     ) -> Inference:
         """Draw action chunks.
 
@@ -92,19 +92,26 @@ class Engine:
             noise: float32 [B, samples, H, action_dim], standard normal; its shape says how many candidate chunks to
                 draw per observation and how long they are.
             num_steps: Euler steps; the checkpoint's own number where None.
-            continuation: the chunks that these continue, one per observation; its samples share it.
+            continuation: the chunks that these continue, one per observation; its samples share it (guidance.py).
 
         Raises:
             ValueError: inputs, noise or a continuation that the model cannot take, or actions that are not finite.
             MemoryError: the GPU has no room for the buffers of a new shape.
         """
         inputs.validate(self.config)
-        self._check_start(noise, continuation, inputs.batch)
-        plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps)
+        self._check_start(noise, continuation, inputs.batch, num_steps)
+        per_token = isinstance(continuation, FixedPrefix)
+        plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps, per_token)
         return self._run("infer", self.session(plan), plan, inputs, noise, continuation)
 
     def observe(
-        self, inputs: ModelInputs, *, samples: int = 1, horizon: int | None = None, num_steps: int | None = None
+        self,
+        inputs: ModelInputs,
+        *,
+        samples: int = 1,
+        horizon: int | None = None,
+        num_steps: int | None = None,
+        per_token_time: bool = False,
     ) -> dict[str, float]:
         """The first half of ``infer``: cameras and prompt to keys and values. ``sample`` draws chunks from them.
 
@@ -113,6 +120,7 @@ class Engine:
         Args:
             inputs: a batch of B observations.
             samples, horizon, num_steps: of the chunks that will be drawn.
+            per_token_time: whether some of them will have a :class:`FixedPrefix` (π0.5 only).
 
         Returns:
             Wall time of each part in seconds.
@@ -121,10 +129,10 @@ class Engine:
             ValueError: inputs that the model cannot take.
         """
         inputs.validate(self.config)
-        plan = self._plan_of(inputs, samples, horizon, num_steps)
+        plan = self._plan_of(inputs, samples, horizon, num_steps, per_token_time)
         return self._run("observe", self.session(plan), plan, inputs, None).seconds
 
-    def sample(self, noise: Tensor, *, continuation: Guide | None = None) -> Inference:
+    def sample(self, noise: Tensor, *, continuation: Continuation | None = None) -> Inference:
         """The second half of ``infer``: chunks for what was observed last, as often as wanted.
 
         Args:
@@ -132,16 +140,21 @@ class Engine:
             continuation: as in :meth:`infer`, for these chunks only.
 
         Raises:
-            ValueError: nothing was observed since the last ``infer``, or noise or a continuation of another shape.
+            ValueError: nothing was observed since the last ``infer``, noise or a continuation of another shape, or one
+                that ``observe`` was not told of.
         """
         if self._observed is None:
             raise ValueError("there is no observation to sample from: call observe first (infer forgets it)")
         session, num_steps = self._observed
         plan = session.plan
-        self._check_start(noise, continuation, plan.batch)
+        self._check_start(noise, continuation, plan.batch, num_steps)
         if noise.shape[1:3] != (plan.samples, plan.horizon):
             raise ValueError(
                 f"noise is {list(noise.shape)}, observed for {plan.samples} samples of horizon {plan.horizon}"
+            )
+        if isinstance(continuation, FixedPrefix) and not plan.per_token_time:
+            raise ValueError(
+                "the continuation gives a prefix, but observe was not told so: observe(per_token_time=True)"
             )
         plan = dataclasses.replace(plan, num_steps=num_steps)
         return self._run("sample", session, plan, None, noise, continuation)
@@ -151,14 +164,22 @@ class Engine:
         """Whether the engine resizes frames better than its caller would: on a GPU, by our kernel."""
         return any(choice.op == "frames_to_patches" and choice.implementation == "cuda" for choice in self.ops.choices)
 
-    def warm_up(self, *, views: int, samples: int = 1, horizon: int | None = None, progress: bool = False) -> None:
+    def warm_up(
+        self,
+        *,
+        views: int,
+        samples: int = 1,
+        horizon: int | None = None,
+        per_token_time: bool = False,
+        progress: bool = False,
+    ) -> None:
         """Make the buffers, and on a GPU the graphs, of one observation with ``views`` cameras and any prompt.
 
         Without it the first inference of each shape does so. At most ``max_plans`` shapes are made, the shortest
-        prompts first; others follow when they are needed.
+        prompts first; others follow when they are needed. ``per_token_time`` makes them for a :class:`FixedPrefix`.
 
         Raises:
-            ValueError: a number of views that is not 1 to 4.
+            ValueError: a number of views that is not 1 to 4, or a time per token of a model that has none.
             MemoryError: the GPU has no room.
         """
         if not 1 <= views <= 4:
@@ -167,7 +188,14 @@ class Engine:
         frames = (1, 1) if self.takes_frames else None  # the least bucket
         plans = list(
             dict.fromkeys(
-                self.plan(views=[views], prompt_lengths=[n], samples=samples, horizon=horizon, frames=frames)
+                self.plan(
+                    views=[views],
+                    prompt_lengths=[n],
+                    samples=samples,
+                    horizon=horizon,
+                    frames=frames,
+                    per_token_time=per_token_time,
+                )
                 for n in lengths
             )
         )
@@ -187,6 +215,7 @@ class Engine:
         horizon: int | None = None,
         num_steps: int | None = None,
         frames: tuple[int, int] | None = None,
+        per_token_time: bool = False,
     ) -> ShapePlan:
         """The lengths with which this engine serves such observations; arguments as of :meth:`ShapePlan.of`."""
         bucket = self.engine_config.prompt_bucket or (GPU_PROMPT_BUCKET if self.device.type == "cuda" else 1)
@@ -199,6 +228,7 @@ class Engine:
             num_steps=num_steps,
             prompt_bucket=bucket,
             frames=frames,
+            per_token_time=per_token_time,
         )
 
     def session(self, plan: ShapePlan) -> Session:
@@ -228,7 +258,7 @@ class Engine:
         key = part, plan.num_steps
         if key not in session.graphs:
             # The terms are kept with the graph: its kernels read them, whoever asks for other step counts meanwhile.
-            steps = self.time_terms(plan.num_steps)
+            steps = self._steps(plan)
             with (
                 torch.inference_mode(),
                 torch.cuda.device(self.device),
@@ -245,13 +275,13 @@ class Engine:
         plan: ShapePlan,
         inputs: ModelInputs | None,
         noise: Tensor | None,
-        continuation: Guide | None = None,
+        continuation: Continuation | None = None,
     ) -> Inference:
         """Load what is given, run the part, fetch the actions if there are any."""
         # Before the clock starts, so that a new shape is not timed as a stage.
-        self.time_terms(plan.num_steps)
+        self._steps(plan)
         graph = self._graph(session, plan, part) if self.use_graph else None
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         self._observed = None
         with torch.inference_mode(), _current(self.device):
             if inputs is not None:
@@ -276,13 +306,23 @@ class Engine:
 
     def _issue(self, part: str, session: Session, plan: ShapePlan, lap: Callable[[str], None]) -> None:
         """Call the ops of "infer" or of one of its halves."""
-        steps = self.time_terms(plan.num_steps)
+        steps = self._steps(plan)
         if part != "sample":
             pipeline.observe(self.ops, self.config, self.weights, session.space, lap)
         if part != "observe":
             pipeline.sample(self.ops, self.config, self.weights, steps, session.space, lap)
 
-    def _plan_of(self, inputs: ModelInputs, samples: int, horizon: int | None, num_steps: int | None) -> ShapePlan:
+    def _steps(self, plan: ShapePlan) -> tuple[StepTerms, ...]:
+        return self.time_terms(plan.num_steps, per_token=plan.per_token_time)
+
+    def _plan_of(
+        self,
+        inputs: ModelInputs,
+        samples: int,
+        horizon: int | None,
+        num_steps: int | None,
+        per_token_time: bool,
+    ) -> ShapePlan:
         return self.plan(
             views=inputs.image_masks.sum(dim=1).tolist(),
             prompt_lengths=inputs.token_mask.sum(dim=1).tolist(),
@@ -290,6 +330,7 @@ class Engine:
             horizon=horizon,
             num_steps=num_steps,
             frames=self._frame_room(inputs),
+            per_token_time=per_token_time,
         )
 
     def _frame_room(self, inputs: ModelInputs) -> tuple[int, int] | None:
@@ -303,7 +344,7 @@ class Engine:
         """Rows of the memory-mapped table times sqrt(width), as Gemma scales text (and only text) embeddings."""
         return self.weights.embed_tokens[tokens].float() * math.sqrt(self.config.llm.width)
 
-    def _check_start(self, noise: Tensor, continuation: Guide | None, batch: int) -> None:
+    def _check_start(self, noise: Tensor, continuation: Continuation | None, batch: int, num_steps: int | None) -> None:
         expected = f"float32 [{batch}, samples, horizon, {self.config.action_dim}]"
         fits = noise.ndim == 4 and noise.shape[0] == batch and noise.shape[3] == self.config.action_dim
         if not fits or noise.dtype != torch.float32 or noise.numel() == 0:
@@ -311,7 +352,8 @@ class Engine:
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise contains NaN or infinity")
         if continuation is not None:
-            continuation.validate(self.config, batch, noise.shape[2])
+            num_steps = self.config.num_steps if num_steps is None else num_steps
+            continuation.validate(self.config, batch, noise.shape[2], num_steps)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -321,22 +363,3 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 def _no_lap(stage: str) -> None:
     """A capture has no time of its own."""
-
-
-class _StageClock:
-    """Wall time between laps; waits for the GPU at each, so that a lap is the stage's own time.
-
-    ``wait=False`` leaves the GPU at work: what it has not done yet counts in the next lap.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str, *, wait: bool = True) -> None:
-        if wait and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now

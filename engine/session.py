@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pi0_engine.config import Pi0Config
 from pi0_engine.engine.graph import CapturedGraph
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import Continuation, FixedPrefix, Guide
 from pi0_engine.engine.plan import ShapePlan, Workspace
 from pi0_engine.frames import FrameStaging
 from pi0_engine.inputs import ModelInputs
@@ -17,7 +17,7 @@ from pi0_engine.kernels.stream import Scratch
 
 #: What an observation fills, and what the start of a chunk does: noise goes into "actions".
 _OBSERVATION = ("prompt", "state", "lengths", "suffix_positions")
-_START = ("actions", "previous", "prefix_weights", "max_weight")
+_START = ("actions", "previous", "prefix_weights", "max_weight", "time_index")
 
 
 class Session:
@@ -87,18 +87,21 @@ class Session:
             cut_patches(inputs.pixels[b, slot], self._config.vision.patch_size, out=patches)
         self._upload("patches")
 
-    def load_noise(self, noise: Tensor, continuation: Guide | None = None) -> None:
+    def load_noise(self, noise: Tensor, continuation: Continuation | None = None) -> None:
         """float32 [B, samples, H, action_dim], and the chunk that all samples of an observation continue, if any."""
-        staged = self._staged
+        staged, chunks = {name: self._staged[name] for name in _START}, noise.shape[:3]
         staged["actions"].copy_(noise.flatten(0, 2))
-        if continuation is None:
-            for name in _START[1:]:
-                staged[name].zero_()
-        else:
-            chunks = noise.shape[:3]
+        for name in _START[1:]:
+            staged[name].zero_()
+        if isinstance(continuation, Guide):
             staged["previous"].view(noise.shape).copy_(continuation.previous[:, None].expand(noise.shape))
             staged["prefix_weights"].view(chunks).copy_(continuation.weights[:, None].expand(chunks))
             staged["max_weight"].fill_(continuation.max_weight)
+        elif isinstance(continuation, FixedPrefix):
+            given = continuation.given()[:, None].expand(chunks)
+            previous = continuation.previous[:, None].expand(noise.shape)
+            staged["actions"].copy_(torch.where(given[..., None], previous, noise).flatten(0, 2))
+            staged["time_index"].copy_(given.flatten())
         self._upload(*_START)
 
     def actions(self) -> Tensor:

@@ -29,11 +29,21 @@ class Modulation:
     """adaRMS of one norm in one step, float32. All None in π0.
 
     ``scale`` [W] is 1 + the raw scale; ``bias`` [N] is the shift behind the linear layer that follows; ``gate`` [W].
+    Where each token has a time of its own, all are tables [2, ...]: of the step's time, and of time 0.
     """
 
     scale: Tensor | None = None
     bias: Tensor | None = None
     gate: Tensor | None = None
+
+    def beside(self, other: Modulation) -> Modulation:
+        """Tables of this one and another."""
+
+        def table(one: Tensor | None, two: Tensor | None) -> Tensor:
+            assert one is not None and two is not None
+            return torch.stack([one, two])
+
+        return Modulation(table(self.scale, other.scale), table(self.bias, other.bias), table(self.gate, other.gate))
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,8 @@ class StepTerms:
     def guidance_weight(self) -> float:
         """How strongly real-time chunking pulls in this step, before it is bounded; infinite at time 1.
 
-        (1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2 with tau = 1 - time: equation 2 of Real-Time Execution of
-        Action Chunking Flow Policies, whose time runs the other way.
+        (1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2 with tau = 1 - time, as in Real-Time Execution of Action
+        Chunking Flow Policies, whose time tau runs the other way.
         """
         t = self.time
         return (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t < 1 else math.inf
@@ -110,24 +120,26 @@ class TimeTerms:
     ) -> None:
         self._source, self._config, self._layers, self._device = source, source.config, layers, device
         self._rounding = rounding
-        self._known: OrderedDict[int, tuple[StepTerms, ...]] = OrderedDict()
+        self._known: OrderedDict[tuple[int, bool], tuple[StepTerms, ...]] = OrderedDict()
 
-    def __call__(self, num_steps: int) -> tuple[StepTerms, ...]:
-        """The terms of each of ``num_steps`` steps, in order."""
-        if num_steps not in self._known:
-            self._known[num_steps] = self._compute(num_steps)
+    def __call__(self, num_steps: int, *, per_token: bool = False) -> tuple[StepTerms, ...]:
+        """The terms of each of ``num_steps`` steps, in order; ``per_token`` asks for tables (π0.5)."""
+        key = num_steps, per_token
+        if key not in self._known:
+            self._known[key] = self._compute(num_steps, per_token)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
-        self._known.move_to_end(num_steps)
-        return self._known[num_steps]
+        self._known.move_to_end(key)
+        return self._known[key]
 
-    def _compute(self, num_steps: int) -> tuple[StepTerms, ...]:
+    def _compute(self, num_steps: int, per_token: bool) -> tuple[StepTerms, ...]:
         times, dt = flow_grid(num_steps, self._rounding)
         out, out_bias = self._read("action_out_proj.weight") * dt, self._read("action_out_proj.bias") * dt
         # Where the source's tensors are: on the host, or nowhere ("meta") when only shapes are wanted.
         embedding = time_embedding(times, self._config.expert.width).to(out.device)
         depth = self._config.expert.depth
         if not self._config.is_pi05:
+            assert not per_token, "π0's time is not in a norm"
             out = out * (1.0 + self._read("expert.norm.weight"))
             plain = (Modulation(),) * depth
             biases = self._pi0_biases(embedding).to(self._device)
@@ -135,13 +147,22 @@ class TimeTerms:
             return tuple(
                 StepTerms(time, dt, bias, plain, plain, out, out_bias) for time, bias in zip(times, biases, strict=True)
             )
-        cond = F.silu(self._linear("time_mlp_out", F.silu(self._linear("time_mlp_in", embedding))))
-        inputs, mlps = [], []
+        cond = self._condition(embedding)
+        modulating = cond
+        if per_token:  # time 0 goes along behind the last step
+            clean = self._condition(time_embedding([0.0], self._config.expert.width).to(out.device))
+            modulating = torch.cat([cond, clean])
+        inputs: list[list[Modulation]] = []
+        mlps: list[list[Modulation]] = []
         for index, layer in enumerate(self._layers):
             assert layer.gate_up is not None
             name = f"expert.layers.{index}"
-            inputs.append(self._modulations(f"{name}.input_norm", cond, layer.qkv))
-            mlps.append(self._modulations(f"{name}.post_attention_norm", cond, layer.gate_up))
+            for norms, norm, weight in (
+                (inputs, "input_norm", layer.qkv),
+                (mlps, "post_attention_norm", layer.gate_up),
+            ):
+                found = self._modulations(f"{name}.{norm}", modulating, weight)
+                norms.append([step.beside(found[-1]) for step in found[:-1]] if per_token else found)
         scale, shift, _ = self._linear("expert.norm.dense", cond).chunk(3, dim=-1)
         outs = (out * (1.0 + scale)[:, None, :]).to(self._device)
         out_biases = (F.linear(shift, out) + out_bias).to(self._device)
@@ -164,6 +185,10 @@ class TimeTerms:
         scale, shift, gate = self._linear(f"{norm}.dense", cond).to(self._device).chunk(3, dim=-1)
         bias = torch.cat([F.linear(shift, rows.float()) for rows in weight.split(_ROWS)], dim=-1)
         return [Modulation(*terms) for terms in zip(1.0 + scale, bias, gate.contiguous(), strict=True)]
+
+    def _condition(self, embedding: Tensor) -> Tensor:
+        """What adaRMS is computed from: time embeddings [steps, W] -> [steps, W]."""
+        return F.silu(self._linear("time_mlp_out", F.silu(self._linear("time_mlp_in", embedding))))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self._read(f"{name}.weight"), self._read(f"{name}.bias"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pi0_engine.kernels.gemm import gemm
 from pi0_engine.kernels.registry import Cost, nbytes, op
-from pi0_engine.kernels.stream import Scratch, Stream
+from pi0_engine.kernels.stream import Scratch, Stream, of_rows
 
 
 def gemm_flops(rows_of: Tensor, weight: Tensor) -> float:
@@ -38,11 +38,12 @@ def _linear_cost(
     bias: Tensor,
     activation: str | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     out: Tensor | Stream,
     scratch: Scratch,
 ) -> Cost:
-    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, next_scale) + output_bytes(out))
+    return Cost(gemm_flops(x, weight), nbytes(x, weight, bias, next_scale, time_index) + output_bytes(out))
 
 
 @op(cost=_linear_cost, triton="gpu.linear")
@@ -52,17 +53,19 @@ def linear(
     bias: Tensor,
     activation: str | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     out: Tensor | Stream,
     scratch: Scratch,
 ) -> None:
     """out [rows, N] = activation(x [rows, K] @ weight [N, K]^T + bias [N]); activation None or "silu".
 
-    ``out`` may begin a residual stream; ``next_scale`` float32 [N] is then the next norm's adaRMS scale, or None.
+    ``out`` may begin a residual stream; ``next_scale`` float32 [N] is then the next norm's adaRMS scale, or None. With
+    ``time_index`` int32 [rows] it is a table [2, N], and each row takes the entry that its index names.
     """
     assert activation in (None, "silu"), activation
     y = gemm(x, weight, bias)
-    store(F.silu(y) if activation == "silu" else y, out, next_scale)
+    store(F.silu(y) if activation == "silu" else y, out, of_rows(next_scale, time_index))
 
 
 def _linear_residual_cost(
@@ -71,11 +74,12 @@ def _linear_residual_cost(
     bias: Tensor | None,
     gate: Tensor | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     residual: Stream,
     scratch: Scratch,
 ) -> Cost:
-    moved = nbytes(x, weight, bias, gate, next_scale, residual.x) + stream_bytes(residual)
+    moved = nbytes(x, weight, bias, gate, next_scale, time_index, residual.x) + stream_bytes(residual)
     return Cost(gemm_flops(x, weight), moved)
 
 
@@ -86,13 +90,15 @@ def linear_residual(
     bias: Tensor | None,
     gate: Tensor | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     residual: Stream,
     scratch: Scratch,
 ) -> None:
     """residual [rows, N] += gate [N] * (x [rows, K] @ weight [N, K]^T + bias [N]). ``gate`` is adaRMS's, or None.
 
-    ``next_scale`` float32 [N] is the adaRMS scale of the norm that reads the stream next, or None.
+    ``next_scale`` float32 [N] is the adaRMS scale of the norm that reads the stream next, or None. With ``time_index``
+    int32 [rows] both are tables [2, N], and each row takes the entry that its index names.
     """
-    y = gemm(x, weight, bias)
-    residual.write(residual.x + (y if gate is None else y * gate), next_scale)
+    y, gate = gemm(x, weight, bias), of_rows(gate, time_index)
+    residual.write(residual.x + (y if gate is None else y * gate), of_rows(next_scale, time_index))

@@ -3,7 +3,8 @@
 The norm's own weight is folded into the linear weight when the engine is built; LayerNorm's mean too, because a weight
 row whose mean is subtracted does not see it. What is left is a factor per row: 1 / rms, or 1 / standard deviation.
 adaRMS (π0.5) has no constant weight to fold: its ``scale`` [K] depends on the flow step, and its shift comes in as
-``bias`` [N], already multiplied by the linear weight.
+``bias`` [N], already multiplied by the linear weight. Where each token has a flow time of its own, adaRMS's terms are
+tables [2, ...] of the step's time and of time 0, and ``time_index`` int32 [rows] says which a row takes.
 
 x is a :class:`~pi0_engine.kernels.stream.Stream` of [rows, K]. The meanings below read its float32 part and normalise
 before they round; a GPU kernel multiplies the rounded part (which holds the scale already) and applies the factor to
@@ -19,7 +20,7 @@ from torch import Tensor
 from pi0_engine.kernels.gemm import gemm
 from pi0_engine.kernels.linear import gemm_flops, linear_residual, output_bytes, store, stream_bytes
 from pi0_engine.kernels.registry import Cost, nbytes, op
-from pi0_engine.kernels.stream import Scratch, Stream
+from pi0_engine.kernels.stream import Scratch, Stream, of_rows
 
 NORM_EPS = 1e-6
 
@@ -28,6 +29,15 @@ def rms_normalize(x: Tensor, scale: Tensor | None) -> Tensor:
     """x / rms(x), times scale; float32. ``scale`` is already 1 + adaRMS's raw scale."""
     normed = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
     return normed if scale is None else normed * scale
+
+
+def _product(x: Stream, weight: Tensor, scale: Tensor | None, bias: Tensor | None, time_index: Tensor | None) -> Tensor:
+    """Rows behind their RMS norm, times ``weight`` [N, K] transposed, plus their bias: [rows, N]."""
+    normed = rms_normalize(x.x, of_rows(scale, time_index)).to(weight.dtype)
+    if bias is None or time_index is None:
+        return gemm(normed, weight, bias)
+    y = gemm(normed, weight)
+    return y + bias[time_index].to(y.dtype)
 
 
 def _read_bytes(x: Stream) -> int:
@@ -61,6 +71,7 @@ def _rmsnorm_qkv_rope_cost(
     bias: Tensor | None,
     rope_table: Tensor,
     positions: Tensor,
+    time_index: Tensor | None = None,
     *,
     q: Tensor | None,
     k: Tensor,
@@ -68,7 +79,7 @@ def _rmsnorm_qkv_rope_cost(
     scratch: Scratch,
 ) -> Cost:
     rows_of_table = positions.numel() * rope_table.shape[-1] * rope_table.element_size()
-    return Cost(gemm_flops(x.x, weight), _read_bytes(x) + nbytes(weight, bias, q, k, v) + rows_of_table)
+    return Cost(gemm_flops(x.x, weight), _read_bytes(x) + nbytes(weight, bias, time_index, q, k, v) + rows_of_table)
 
 
 @op(cost=_rmsnorm_qkv_rope_cost, triton="gpu.paired")
@@ -79,6 +90,7 @@ def rmsnorm_qkv_rope(
     bias: Tensor | None,
     rope_table: Tensor,
     positions: Tensor,
+    time_index: Tensor | None = None,
     *,
     q: Tensor | None,
     k: Tensor,
@@ -91,8 +103,7 @@ def rmsnorm_qkv_rope(
     None and the weight holds only k and v. ``rope_table`` float32 [positions, head_dim] holds cosines, then sines, of
     each position; ``positions`` int [rows]. Outputs q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim].
     """
-    normed = rms_normalize(x.x, scale).to(weight.dtype)
-    y = gemm(normed, weight, bias)
+    y = _product(x, weight, scale, bias, time_index)
     kv_dim = k.shape[-1]
     cos, sin = rope_table[positions].to(y.dtype).chunk(2, dim=-1)
     if q is not None:
@@ -122,8 +133,11 @@ def rmsnorm_geglu(
     x: Stream, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *, out: Tensor, scratch: Scratch
 ) -> None:
     """out [rows, F] = gelu_tanh(normed @ gate^T) * (normed @ up^T), where ``weight`` [2F, K] stacks gate, then up."""
-    normed = rms_normalize(x.x, scale).to(weight.dtype)
-    gate, up = gemm(normed, weight, bias).chunk(2, dim=-1)
+    _geglu(_product(x, weight, scale, bias, None), out)
+
+
+def _geglu(both: Tensor, out: Tensor) -> None:
+    gate, up = both.chunk(2, dim=-1)
     torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
 
 
@@ -134,13 +148,14 @@ def _rmsnorm_mlp_residual_cost(
     bias: Tensor | None,
     gate: Tensor | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     hidden: Tensor,
     residual: Stream,
     scratch: Scratch,
 ) -> Cost:
     flops = gemm_flops(residual.x, gate_up) + gemm_flops(hidden, down)
-    read = _read_bytes(residual) + nbytes(residual.x, gate_up, down, bias, gate, next_scale, hidden, hidden)
+    read = _read_bytes(residual) + nbytes(residual.x, gate_up, down, bias, gate, next_scale, time_index, hidden, hidden)
     return Cost(flops, read + stream_bytes(residual))
 
 
@@ -152,6 +167,7 @@ def rmsnorm_mlp_residual(
     bias: Tensor | None,
     gate: Tensor | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     hidden: Tensor,
     residual: Stream,
@@ -161,8 +177,8 @@ def rmsnorm_mlp_residual(
 
     ``hidden`` [rows, F] is working memory. Everything else as in ``rmsnorm_geglu`` and ``linear_residual``.
     """
-    rmsnorm_geglu(residual, gate_up, scale, bias, out=hidden, scratch=scratch)
-    linear_residual(hidden, down, None, gate, next_scale, residual=residual, scratch=scratch)
+    _geglu(_product(residual, gate_up, scale, bias, time_index), hidden)
+    linear_residual(hidden, down, None, gate, next_scale, time_index, residual=residual, scratch=scratch)
 
 
 def _rmsnorm_linear_euler_cost(
@@ -175,11 +191,12 @@ def _rmsnorm_linear_euler_cost(
     step_weight: float,
     time: float,
     dt: float,
+    time_index: Tensor | None = None,
     *,
     actions: Tensor,
     scratch: Scratch,
 ) -> Cost:
-    guide = nbytes(previous, prefix_weights, max_weight)
+    guide = nbytes(previous, prefix_weights, max_weight, time_index)
     return Cost(gemm_flops(x.x, weight), nbytes(x.x, x.square_sums, weight, bias, actions, actions) + guide)
 
 
@@ -194,6 +211,7 @@ def rmsnorm_linear_euler(
     step_weight: float,
     time: float,
     dt: float,
+    time_index: Tensor | None = None,
     *,
     actions: Tensor,
     scratch: Scratch,
@@ -207,7 +225,10 @@ def rmsnorm_linear_euler(
     g = min(step_weight, max_weight) * prefix_weights pulls a row towards ``previous`` float32 [rows, A] (docs/rtc.md);
     ``prefix_weights`` float32 [rows] and ``max_weight`` float32 [1] are data, so that a captured graph serves every
     chunk. Where g is 0 the step is the plain one, bit for bit; ``previous`` must be finite even there.
+
+    A row whose ``time_index`` int32 [rows] is not 0 is given, and stays as it is.
     """
     y = gemm(rms_normalize(x.x, None).to(weight.dtype), weight, bias)
     g = (max_weight.clamp(max=step_weight) * prefix_weights)[:, None]
-    actions.add_(y - g * (time * y + dt * (previous - actions)))
+    step = y - g * (time * y + dt * (previous - actions))
+    actions.add_(step if time_index is None else step.masked_fill((time_index != 0)[:, None], 0.0))

@@ -49,12 +49,20 @@ class Stream:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def write(self, x: Tensor, next_scale: Tensor | None) -> None:
-        """Replace the rows by ``x`` [rows, W]; ``next_scale`` float32 [W] is the next norm's, or None."""
+        """Replace the rows by ``x`` [rows, W]; ``next_scale`` float32 [W] or [rows, W] is the next norm's, or None."""
         self.x.copy_(x)
         self.rounded.copy_(self.x if next_scale is None else self.x * next_scale)
         self.square_sums.copy_(_block_sums(self.x.square()))
         if self.sums is not None:
             self.sums.copy_(_block_sums(self.x))
+
+
+def of_rows(terms: Tensor | None, time_index: Tensor | None) -> Tensor | None:
+    """adaRMS's ``terms``: [N] for all rows as they are, or of a table [2, N] the row that each index names: [rows, N].
+
+    ``time_index`` int32 [rows] is 0 for tokens at the flow step's time and 1 for those at time 0, or None.
+    """
+    return terms if terms is None or time_index is None else terms[time_index]
 
 
 def _block_sums(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from models import (
     small_config,
 )
 from pi0_engine.config import EngineConfig, ModelType, Pi0Config
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import record_launches
 from pi0_engine.kernels.gpu.target import target_of
@@ -170,6 +170,18 @@ def test_continuing_a_chunk_captures_nothing(model_type: ModelType, device: str)
         assert rel_l2(running.infer(inputs, noise, continuation=guide).actions, expected) <= 3e-6
         assert torch.equal(running.infer(inputs, noise).actions, plain)
     assert graphs(running) == captured and len(running._sessions) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_longer_prefix_captures_nothing(device: str) -> None:
+    """A given prefix has a plan of its own, whose graph serves prefixes of any length."""
+    config = small_config("pi05")
+    running, inputs, noise = fresh_engine(config, device=device), random_inputs(config), random_noise(config)
+    for rows in (0, 3, 5):
+        prefix = FixedPrefix(random_noise(config)[:, 0] - 1, (rows,))
+        expected = fresh_engine(config, device="cpu", backend="torch").infer(inputs, noise, continuation=prefix).actions
+        assert rel_l2(running.infer(inputs, noise, continuation=prefix).actions, expected) <= 3e-6
+    assert len(running._sessions) == 1 and len(graphs(running)) == int(running.use_graph)
 
 
 @pytest.mark.parametrize("device", DEVICES)

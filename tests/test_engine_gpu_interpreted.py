@@ -13,7 +13,7 @@ import torch
 import golden
 from models import MODEL_TYPES, engine, fresh_engine, random_inputs, random_noise, rel_l2, small_config
 from pi0_engine.config import ModelType, Pi0Config
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import record_launches
@@ -136,6 +136,21 @@ def test_a_chunk_that_continues_another(model_type: ModelType, launch_configs: s
     nothing = Guide(guide.previous, torch.zeros_like(weights), 5.0)
     assert torch.equal(running.infer(inputs, noise, continuation=nothing).actions, plain)
     assert len(running._sessions) == 1
+
+
+def test_a_chunk_whose_first_actions_are_given(launch_configs: str | None) -> None:
+    """Rows of one tile are at two flow times; the given ones come back as they are."""
+    config = small_config("pi05")
+    inputs, noise = random_inputs(config, [[True, False, False], [False, True, False]], [3, 1]), random_noise(config, 2)
+    prefix = FixedPrefix(random_noise(config, 2)[:, 0] - 1, (2, 4))
+    expected = engine(config, backend="torch").infer(inputs, noise, continuation=prefix).actions
+    running = triton_engine(config, launch_configs)
+    actions = running.infer(inputs, noise, continuation=prefix).actions
+    error = rel_l2(actions, expected)
+    print(f"relative L2 {error:.2e}")
+    assert error <= 3e-6
+    for b, rows in enumerate(prefix.rows):
+        assert torch.equal(actions[b, 0, :rows], prefix.previous[b, :rows])
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -1,4 +1,4 @@
-"""Real-time chunking in the engine: guided sampling against the reference, and against the formula in autograd."""
+"""Real-time chunking in the engine: guided chunks and given prefixes, against the reference and against formulas."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from models import (
     small_config,
 )
 from pi0_engine.config import ModelType, Pi0Config
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.reference import Pi0Reference, flow_times
-from pi0_engine.reference_rtc import sample_guided
+from pi0_engine.reference_rtc import sample_guided, sample_with_prefix
 from pi0_engine.rtc import Schedule, prefix_weights
 
 TOLERANCE = 2e-5
@@ -58,13 +58,12 @@ def reference_guided(
     noise: Tensor,
     guide: Guide,
     num_steps: int | None = None,
-    jacobian: Any = "identity",
 ) -> Tensor:
     """[B, samples, H, A], each sample a run of its own."""
     i, pull = inputs, (guide.previous, guide.weights, guide.max_weight)
     run = (i.images, i.image_masks, i.tokens, i.token_mask, i.state)
     samples = [
-        sample_guided(model, *run, sample, *pull, jacobian=jacobian, num_steps=num_steps)  # type: ignore[arg-type]
+        sample_guided(model, *run, sample, *pull, num_steps=num_steps)  # type: ignore[arg-type]
         for sample in noise.unbind(1)
     ]
     return torch.stack(samples, dim=1)
@@ -83,8 +82,9 @@ def test_guided_chunks_are_the_references(model_type: ModelType, schedule: Sched
     assert rel_l2(actions, reference_actions(reference(config), inputs, noise, 10)) > 0.01
 
 
-@pytest.mark.parametrize("max_weight", [0.5, 10.0, 1e6])
-@pytest.mark.parametrize(("horizon", "num_steps"), [(1, 1), (3, 5), (9, 4)])
+@pytest.mark.parametrize(
+    ("horizon", "num_steps", "max_weight"), [(1, 1, 0.5), (1, 1, 1.0), (3, 5, 0.5), (3, 5, 1e6), (9, 4, 10.0)]
+)
 def test_other_horizons_steps_and_bounds(horizon: int, num_steps: int, max_weight: float) -> None:
     """One step has nothing but time 1, where the bound alone holds the pull; steps that are not bounded have w(t)."""
     config = small_config("pi05")
@@ -121,35 +121,6 @@ def test_the_closed_form_is_the_gradient_without_the_network(model_type: ModelTy
         expected = autograd_sampling(reference(config), inputs, noise[:, 0], guide, 10)
     actions = engine(config).infer(inputs, noise, num_steps=10, continuation=guide).actions[:, 0]
     assert rel_l2(actions, expected) <= 1e-5
-
-
-def test_the_full_jacobian_is_another_correction() -> None:
-    """The papers' vector-Jacobian product, as the reference has it, against finite differences of its x1."""
-    from pi0_engine.reference_rtc import guidance_weight, guided_velocity
-
-    config = small_config("pi05")
-    model, i, guide = reference(config), random_inputs(config), guide_of(config)
-    x, time = random_noise(config)[:, 0], torch.tensor(0.5)
-    with torch.no_grad():
-        prefix, pad = model.embed_prefix(i.images, i.image_masks, i.tokens, i.token_mask)
-        cache = model.prefill(prefix, pad)
-        pull = (guide.previous, guide.weights, guide.max_weight)
-        full, identity = (
-            guided_velocity(model, i.state, pad, cache, x, time, *pull, jacobian)  # type: ignore[arg-type]
-            for jacobian in ("full", "identity")
-        )
-
-        def foreseen(at: Tensor) -> Tensor:
-            return at - time * model.velocity(i.state, pad, cache, at, time.expand(1))
-
-        error = guide.weights[..., None] * (guide.previous - foreseen(x))
-        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-        slope = (foreseen(x + 1e-2 * direction) - foreseen(x - 1e-2 * direction)) / 2e-2
-        v = model.velocity(i.state, pad, cache, x, time.expand(1))
-    correction = (v - full) / guidance_weight(time, guide.max_weight)
-    # <J^T error, direction> = <error, J direction>
-    assert float((correction * direction).sum()) == pytest.approx(float((error * slope).sum()), rel=2e-3)
-    assert rel_l2(full, identity) > 1e-3
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -201,6 +172,20 @@ def test_a_sample_of_its_own_is_guided(model_type: ModelType) -> None:
         running.sample(noise, continuation=guide_of(config, horizon=3))
 
 
+def test_a_single_step_is_not_pulled_too_far() -> None:
+    """The chunk would be what the network foresees, plus ten times the distance to the earlier one."""
+    config = small_config("pi0")
+    running, inputs, noise, guide = engine(config), random_inputs(config), random_noise(config), guide_of(config)
+    with pytest.raises(ValueError, match=r"in a single flow step a max_weight of 10\.0 would overshoot"):
+        running.infer(inputs, noise, num_steps=1, continuation=guide)
+    running.observe(inputs, num_steps=1)
+    with pytest.raises(ValueError, match="in a single flow step"):
+        running.sample(noise, continuation=guide)
+    gentle = dataclasses.replace(guide, weights=torch.ones_like(guide.weights), max_weight=1.0)
+    actions = running.infer(inputs, noise, num_steps=1, continuation=gentle).actions
+    assert rel_l2(actions[0], guide.previous) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -220,3 +205,106 @@ def test_an_unusable_guide_is_refused(changes: dict[str, Any], message: str) -> 
     guide = dataclasses.replace(guide_of(config), **changes)
     with pytest.raises(ValueError, match=message):
         running.infer(random_inputs(config), random_noise(config), continuation=guide)
+
+
+# --- a given prefix ---
+
+PI05 = small_config("pi05")
+
+
+def prefix_of(*rows: int, horizon: int = 5, seed: int = 11) -> FixedPrefix:
+    shape = (len(rows), horizon, PI05.action_dim)
+    return FixedPrefix(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), rows)
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (1, 4), (5, 2)])
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_a_given_prefix_is_the_references(rows: tuple[int, int], num_steps: int) -> None:
+    """Two observations with prefixes of their own, two samples each: nothing given, some, everything."""
+    i, noise, prefix = random_inputs(PI05, CAMERAS, [5, 3]), random_noise(PI05, 2, samples=2), prefix_of(*rows)
+    actions = engine(PI05).infer(i, noise, num_steps=num_steps, continuation=prefix).actions
+    assert i.images is not None
+    run = (i.images, i.image_masks, i.tokens, i.token_mask, i.state)
+    expected = [
+        sample_with_prefix(reference(PI05), *run, sample, prefix.previous, rows, num_steps=num_steps)
+        for sample in noise.unbind(1)
+    ]
+    assert rel_l2(actions, torch.stack(expected, dim=1)) <= TOLERANCE
+    for b, count in enumerate(rows):
+        assert torch.equal(actions[b, :, :count], prefix.previous[b, :count].expand(2, -1, -1))
+
+
+def test_a_prefix_of_no_rows_is_none() -> None:
+    """Up to rounding: the tables are another addition in the products' biases."""
+    inputs, noise = random_inputs(PI05), random_noise(PI05, samples=2)
+    plain = engine(PI05).infer(inputs, noise).actions
+    assert rel_l2(engine(PI05).infer(inputs, noise, continuation=prefix_of(0)).actions, plain) <= 1e-6
+    assert torch.equal(engine(PI05).infer(inputs, noise).actions, plain)
+
+
+def test_what_is_given_is_not_noise() -> None:
+    """The noise under the prefix is not read, nor what ``previous`` holds behind it."""
+    inputs, noise, prefix = random_inputs(PI05), random_noise(PI05), prefix_of(2)
+    expected = engine(PI05).infer(inputs, noise, continuation=prefix).actions
+    other_noise, other = noise.clone(), prefix.previous.clone()
+    other_noise[:, :, :2], other[:, 2:] = 1e3, 1e3
+    assert torch.equal(engine(PI05).infer(inputs, other_noise, continuation=FixedPrefix(other, (2,))).actions, expected)
+
+
+def test_one_plan_serves_prefixes_of_any_length() -> None:
+    running, inputs, noise = fresh_engine(PI05), random_inputs(PI05), random_noise(PI05)
+    for rows in (0, 2, 5):
+        running.infer(inputs, noise, continuation=prefix_of(rows))
+    assert len(running._sessions) == 1
+    running.infer(inputs, noise)
+    assert [plan.per_token_time for plan in running._sessions] == [True, False]
+
+
+def test_a_sample_of_its_own_has_a_prefix() -> None:
+    """``observe`` must be told, because it is where the plan is made; what is drawn then may have one or not."""
+    running, inputs, noise, prefix = engine(PI05), random_inputs(PI05), random_noise(PI05), prefix_of(2)
+    expected = [running.infer(inputs, noise, continuation=c).actions for c in (prefix, prefix_of(0), guide_of(PI05))]
+    running.observe(inputs, per_token_time=True)
+    assert torch.equal(running.sample(noise, continuation=prefix).actions, expected[0])
+    assert torch.equal(running.sample(noise).actions, expected[1])
+    assert rel_l2(running.sample(noise, continuation=guide_of(PI05)).actions, expected[2]) <= 1e-6
+    assert torch.equal(running.sample(noise, continuation=prefix).actions, expected[0])
+    running.observe(inputs)
+    with pytest.raises(ValueError, match=r"observe was not told so: observe\(per_token_time=True\)"):
+        running.sample(noise, continuation=prefix)
+
+
+def test_warming_up_for_prefixes() -> None:
+    running = fresh_engine(PI05)
+    running.warm_up(views=3, per_token_time=True)
+    assert [plan.per_token_time for plan in running._sessions] == [True]
+
+
+@pytest.mark.parametrize("call", ["infer", "observe", "warm_up"])
+def test_pi0_has_no_time_per_token(call: str) -> None:
+    config = small_config("pi0")
+    running, inputs, noise = engine(config), random_inputs(config), random_noise(config)
+    with pytest.raises(
+        ValueError, match=r"π0 was trained with one flow time for all actions.*needs a π0\.5 checkpoint"
+    ):
+        if call == "infer":
+            running.infer(inputs, noise, continuation=prefix_of(2))
+        elif call == "observe":
+            running.observe(inputs, per_token_time=True)
+        else:
+            running.warm_up(views=1, per_token_time=True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        (prefix_of(6), r"rows are \(6,\), expected 1 of 0 to 5"),
+        (prefix_of(-1), r"rows are \(-1,\)"),
+        (FixedPrefix(torch.zeros(1, 5, 7), (1, 1)), r"rows are \(1, 1\), expected 1 of 0 to 5"),
+        (FixedPrefix(torch.zeros(1, 5, 7), (1.5,)), r"rows are \(1\.5,\)"),  # type: ignore[arg-type]
+        (prefix_of(2, horizon=4), r"previous is torch\.float32 \[1, 4, 7\], expected float32 \[1, 5, 7\]"),
+    ],
+)
+def test_an_unusable_prefix_is_refused(prefix: FixedPrefix, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(PI05).infer(random_inputs(PI05), random_noise(PI05), continuation=prefix)

@@ -136,6 +136,7 @@ def test_buffers_of_a_small_model() -> None:
         "previous": (10, 7),
         "prefix_weights": (10,),
         "max_weight": (1,),
+        "time_index": (0,),
         "action_hidden": (10, 28),
         "suffix_x": (11, 28),
         "suffix_rounded": (11, 28),

@@ -107,6 +107,36 @@ def test_pi05_modulations_are_adarms(dtype: torch.dtype) -> None:
         assert torch.equal(terms.embed_bias, reference(config).action_in_proj.bias)
 
 
+def test_tables_hold_the_steps_time_and_time_0() -> None:
+    """Tokens with times of their own: everything else of a step stays."""
+    config = small_config("pi05")
+    make = time_terms(RandomCheckpoint(config))
+    plain, tables = make(3), make(3, per_token=True)
+    assert tables is make(3, per_token=True) and plain is make(3)
+    for one, both in zip(plain, tables, strict=True):
+        assert (one.time, one.dt) == (both.time, both.dt)
+        assert torch.equal(one.out, both.out) and torch.equal(one.out_bias, both.out_bias)
+        for n in range(3):
+            for norm, step, table in (
+                ("input_norm", one.input_norms[n], both.input_norms[n]),
+                ("post_attention_norm", one.mlp_norms[n], both.mlp_norms[n]),
+            ):
+                scale, _, gate = adarms(f"expert.layers.{n}.{norm}", torch.tensor(0.0))
+                for mine, first, clean in (
+                    (table.scale, step.scale, 1 + scale),
+                    (table.gate, step.gate, gate),
+                    (table.bias, step.bias, None),
+                ):
+                    assert mine is not None and first is not None and mine.is_contiguous()
+                    assert mine.shape == (2, *first.shape) and rel_l2(mine[0], first) <= 1e-6
+                    assert clean is None or rel_l2(mine[1], clean) <= 1e-6
+    # The shift of time 0, behind the weight: the reference's own.
+    layers = pack_weights(RandomCheckpoint(config), torch.float32, CPU).expert
+    _, shift, _ = adarms("expert.layers.1.input_norm", torch.tensor(0.0))
+    bias = tables[0].input_norms[1].bias
+    assert bias is not None and rel_l2(bias[1], layers[1].qkv.double() @ shift.double()) <= 1e-6
+
+
 @pytest.mark.parametrize("rows", [1, 40, 96, 1000])
 def test_the_shift_meets_the_weight_a_few_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, expected = terms_of("pi05", 2)

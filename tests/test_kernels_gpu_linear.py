@@ -12,7 +12,9 @@ from pi0_engine.kernels.gpu.configs import LaunchConfig, LaunchConfigs, Rule
 from pi0_engine.kernels.gpu.launch import Launcher
 from pi0_engine.kernels.gpu.operands import describe, splits_that_fit
 from pi0_engine.kernels.gpu.target import TARGETS
-from triton_ops import DTYPES, Problem, check_kernel, scratch, unset
+from pi0_engine.kernels.registry import all_ops
+from pi0_engine.kernels.stream import Stream
+from triton_ops import DEVICE, DTYPES, INTERPRETED, TARGET, Problem, check_kernel, scratch, unset
 
 #: Rows behind the last have no norm: what is computed of them overflows, and is not stored.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -126,6 +128,41 @@ def test_rmsnorm_linear_euler(rows: int, k: int, actions: int, splits: int, dtyp
         guide = (previous, weights, torch.tensor([2.0 if time == 1 else 9.0]), step_weight, time, -0.1)
         args = (stream, p.weight(actions, k, f32), p.vector(actions), *guide)
         check_kernel("rmsnorm_linear_euler", config, args, {"actions": p.randn(rows, actions, dtype=f32)}, f32)
+
+
+@every_dtype
+@pytest.mark.parametrize(("rows", "n", "k", "config"), [SHAPES[1], SHAPES[3], SHAPES[5], SHAPES[6]])
+def test_tokens_with_times_of_their_own(rows: int, n: int, k: int, config: LaunchConfig, dtype: torch.dtype) -> None:
+    """Each row takes its own of two gates and scales; the row behind the last stays untouched."""
+    p, f32 = Problem("times", dtype), torch.float32
+    gates, scales, index = p.table(n), p.table(n, around=1.0), p.time_index(rows)
+    args = (p.randn(rows, k, dtype=f32), p.weight(n, k, f32), p.vector(n), None, scales, index)
+    check_kernel("linear", config, args, {"out": p.unset_stream(rows, n)}, f32)
+    for after in (scales, None):  # behind the last layer no scale follows
+        args = (p.randn(rows, k), p.weight(n, k), None, gates, after, index)
+        residual = p.residual(rows, n)
+        check_kernel("linear_residual", config, args, {"residual": residual}, dtype, operands_rounded=False)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_given_actions_stay_as_they_are(splits: int) -> None:
+    p, rows = Problem("given", torch.float32), 33
+    index, actions = p.time_index(rows), p.randn(rows, 7)
+    guide = (p.randn(rows, 7), torch.linspace(1, 0, rows), torch.tensor([3.0]), 2.0, 0.5, -0.1)
+    args = (p.stream(rows, 72), p.weight(7, 72), p.vector(7), *guide, index)
+    config = LaunchConfig(block_m=16, block_n=16, block_k=32, splits=splits)
+    check_kernel("rmsnorm_linear_euler", config, args, {"actions": actions}, torch.float32)
+    # Bit for bit: the meaning leaves them alone, and check_kernel compares with it in relative L2 only.
+    given = index.bool()
+    kernel = all_ops()["rmsnorm_linear_euler"].load(
+        "triton",
+        Launcher(TARGET, LaunchConfigs([Rule("rmsnorm_linear_euler", config, "")]), concurrent=not INTERPRETED),
+    )
+    on_device = [value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in args[1:]]
+    x = Stream(**{name: part.to(DEVICE) for name, part in args[0].tensors.items()})
+    after = actions.to(DEVICE, copy=True)
+    kernel(x, *on_device, actions=after, scratch=scratch())
+    assert torch.equal(after.cpu()[given], actions[given]) and (after.cpu()[~given] != actions[~given]).any(dim=1).all()
 
 
 def test_fewer_parts_where_working_memory_ends() -> None:

@@ -56,6 +56,21 @@ def test_rmsnorm_mlp_residual(
     check_kernel("rmsnorm_mlp_residual", {"mlp_up": up, "mlp_down": down}, args, outputs, dtype, target=target)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width", "hidden", "multiprocessors", "up", "down"), [SIZES[1], SIZES[3], SIZES[5]])
+def test_tokens_with_times_of_their_own(
+    rows: int, width: int, hidden: int, multiprocessors: int, up: LaunchConfig, down: LaunchConfig, dtype: torch.dtype
+) -> None:
+    """Each row takes its own of two biases, gates and scales."""
+    p = Problem("times", dtype)
+    scales, after, index = p.table(width, around=1.0), p.table(width, around=1.0), p.time_index(rows)
+    weights = p.weight(2 * hidden, width), p.weight(width, hidden)
+    args = (*weights, scales, p.table(2 * hidden), p.table(width), after, index)
+    outputs = {"hidden": unset(rows, hidden, dtype=dtype), "residual": p.stream(rows, width, scales[index])}
+    target = dataclasses.replace(TARGET, multiprocessors=min(multiprocessors, TARGET.multiprocessors))
+    check_kernel("rmsnorm_mlp_residual", {"mlp_up": up, "mlp_down": down}, args, outputs, dtype, target=target)
+
+
 def test_fewer_parts_where_working_memory_ends() -> None:
     p, dtype = Problem("memory", torch.float32), torch.float32
     args = (p.weight(88, 100), p.weight(100, 44), None, None, None, None)

@@ -54,6 +54,21 @@ def test_rmsnorm_qkv_rope(
 
 
 @every_dtype
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim", "k", "config"), [HEADS[1], HEADS[3], HEADS[4]])
+def test_tokens_with_times_of_their_own(
+    rows: int, heads: int, kv_heads: int, head_dim: int, k: int, config: LaunchConfig, dtype: torch.dtype
+) -> None:
+    """Each row takes its own of two biases; its scale is in the rounded rows already."""
+    p = Problem("times", dtype)
+    q_dim, kv_dim = heads * head_dim, kv_heads * head_dim
+    scales, biases, index = p.table(k, around=1.0), p.table(q_dim + 2 * kv_dim), p.time_index(rows)
+    args = (p.stream(rows, k, scales[index]), p.weight(q_dim + 2 * kv_dim, k), scales, biases)
+    outputs = {name: unset(rows, width, dtype=dtype) for name, width in (("q", q_dim), ("k", kv_dim), ("v", kv_dim))}
+    positions = torch.arange(rows, dtype=torch.int32)
+    check_kernel("rmsnorm_qkv_rope", config, (*args, rope_table(100, head_dim), positions, index), outputs, dtype)
+
+
+@every_dtype
 @pytest.mark.parametrize("adarms", [False, True])
 @pytest.mark.parametrize(
     ("rows", "hidden", "k", "config"),

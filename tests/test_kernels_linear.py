@@ -60,6 +60,22 @@ def test_linear_residual(
     check_stream(residual, expected, next_scale, dtype)
 
 
+def test_rows_take_their_own_of_two_gates_and_scales(dtype: torch.dtype) -> None:
+    """Tokens with flow times of their own: entry 0 or 1 of a table, by row."""
+    index = torch.tensor([1, 0, 0, 1, 1], dtype=torch.int32)
+    x, w, gates, scales = randn(5, 13, dtype=dtype), weight(7, 13, dtype), randn(2, 7), 1 + 0.3 * randn(2, 7)
+    residual = unset_stream(5, 7, dtype)
+    residual.x.copy_(randn(5, 7))
+    y = x.double() @ w.double().T
+    expected = residual.x.double() + torch.stack([gates[i] for i in index]).double() * y
+    own_scales = torch.stack([scales[i] for i in index])
+    linear_residual(x, w, None, gates, scales, index, residual=residual, scratch=SCRATCH)
+    check_stream(residual, expected, own_scales, dtype)
+    bias, begun = randn(7), unset_stream(5, 7, dtype)
+    linear(x, w, bias, None, scales, index, out=begun, scratch=SCRATCH)
+    check_stream(begun, y + bias.double(), own_scales, dtype)
+
+
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(AssertionError):
         linear(randn(1, 2), weight(2, 2), randn(2), "gelu", None, out=unset(1, 2), scratch=SCRATCH)
@@ -80,6 +96,11 @@ def test_costs() -> None:
     residual, read = stream(randn(6, 7), BF16), 4 * 6 * 7
     cost = REGISTRY["linear_residual"].cost(x, w, f32, f32, f32, residual=residual, scratch=SCRATCH)
     assert cost == Cost(flops=1092, bytes=operands + 3 * 4 * 7 + read + written)
+    table, index = randn(2, 7), torch.zeros(6, dtype=torch.int32)
+    cost = REGISTRY["linear_residual"].cost(x, w, None, table, table, index, residual=residual, scratch=SCRATCH)
+    assert cost == Cost(flops=1092, bytes=operands + 2 * 4 * 14 + 4 * 6 + read + written)
+    cost = REGISTRY["linear"].cost(x, w, f32, None, table, index, out=out, scratch=SCRATCH)
+    assert cost == Cost(flops=1092, bytes=operands + 4 * 7 + 4 * 14 + 4 * 6 + written)
     with_sums = stream(randn(6, 7), BF16, sums=True)
     cost = REGISTRY["linear_residual"].cost(x, w, None, None, None, residual=with_sums, scratch=SCRATCH)
     assert cost == Cost(flops=1092, bytes=operands + read + written + 4 * 6)

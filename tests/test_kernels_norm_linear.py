@@ -30,6 +30,7 @@ from pi0_engine.kernels.norm_linear import (
     rmsnorm_qkv_rope,
 )
 from pi0_engine.kernels.registry import REGISTRY, Cost
+from pi0_engine.kernels.stream import Stream
 
 BF16 = torch.bfloat16
 
@@ -200,6 +201,42 @@ def test_rmsnorm_linear_euler_is_pulled(step_weight: float, max_weight: float, b
     assert torch.equal(actions[4:], plain[4:]) and (actions[:4] != plain[:4]).all()
 
 
+@pytest.mark.parametrize("width", [13, 150])
+def test_rows_take_their_own_of_two_modulations(width: int, dtype: torch.dtype) -> None:
+    """Tokens with flow times of their own are what they would be in a chunk that is at their time altogether."""
+    rows, index = 6, torch.tensor([1, 1, 0, 1, 0, 0], dtype=torch.int32)
+    x, scales, gates, after = randn(rows, width), 1 + 0.3 * randn(2, width), randn(2, width), 1 + 0.3 * randn(2, width)
+    qkv, gate_up, down = weight(18, width, dtype), weight(14, width, dtype), weight(width, 7, dtype)
+    qkv_biases, biases, table, positions = randn(2, 18), randn(2, 14), rope_table(9, 6), torch.arange(6).int()
+
+    def run(which: Tensor | None, entry: Any) -> tuple[list[Tensor], Stream]:
+        read = scales[entry] if which is None else scales[which]
+        q, k, v, hidden = (unset(rows, width, dtype=dtype) for width in (6, 6, 6, 7))
+        residual = stream(x, dtype, scale=read)
+        arguments = (qkv, scales[entry], qkv_biases[entry], table, positions, which)
+        rmsnorm_qkv_rope(residual, *arguments, q=q, k=k, v=v, scratch=SCRATCH)
+        modulation = (scales[entry], biases[entry], gates[entry], after[entry], which)
+        rmsnorm_mlp_residual(gate_up, down, *modulation, hidden=hidden, residual=residual, scratch=SCRATCH)
+        return [q, k, v, hidden], residual
+
+    found, stream_found = run(index, slice(None))
+    for entry in (0, 1):
+        expected, stream_expected = run(None, entry)
+        mine = index == entry
+        for actual, wanted in zip(found, expected, strict=True):
+            check(actual[mine], wanted[mine].double(), dtype)
+        check(stream_found.x[mine], stream_expected.x[mine].double(), dtype)
+        check(stream_found.rounded[mine], stream_expected.rounded[mine].double(), dtype)
+
+
+def test_given_actions_stay_as_they_are() -> None:
+    x, w, bias, actions = randn(6, 13), weight(7, 13), randn(7), randn(6, 7)
+    index, before, plain = torch.tensor([1, 1, 0, 1, 0, 0], dtype=torch.int32), actions.clone(), actions.clone()
+    rmsnorm_linear_euler(stream(x, BF16), w, bias, *no_pull(6, 7), index, actions=actions, scratch=SCRATCH)
+    rmsnorm_linear_euler(stream(x, BF16), w, bias, *no_pull(6, 7), actions=plain, scratch=SCRATCH)
+    assert torch.equal(actions[index == 1], before[index == 1]) and torch.equal(actions[index == 0], plain[index == 0])
+
+
 def test_costs() -> None:
     """Six rows of width 8; bfloat16 weights, outputs and rounded rows; float32 sums, vectors and table."""
     x, scale, bias = stream(randn(6, 8), BF16), randn(8), randn(16)
@@ -238,6 +275,11 @@ def test_costs() -> None:
     arguments = (gate_up, down, scale, randn(10), scale, scale)
     cost = REGISTRY["rmsnorm_mlp_residual"].cost(*arguments, hidden=out, residual=x, scratch=SCRATCH)
     assert cost == mlp + Cost(0, 4 * (10 + 8 + 8))
+
+    index, two = torch.zeros(6, dtype=torch.int32), randn(2, 8)
+    arguments = (gate_up, down, two, randn(2, 10), two, two, index)
+    cost = REGISTRY["rmsnorm_mlp_residual"].cost(*arguments, hidden=out, residual=x, scratch=SCRATCH)
+    assert cost == mlp + Cost(0, 4 * 2 * (10 + 8 + 8) + 4 * 6)
 
     actions = unset(6, 7)
     arguments = (x, weight(7, 8), randn(7), *no_pull(6, 7))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from models import small_config
 from pi0_engine.config import EngineConfig, ModelType, Pi0Config
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import Normalizer, NormStats
@@ -127,6 +129,48 @@ def test_relative_actions_are_anchored_anew() -> None:
     assert ours < 0.3 * theirs and ours < 0.4
 
 
+@pytest.mark.parametrize("robot", ["libero", "libero_delta"])
+def test_trained_mode_gives_the_actions_that_are_certain(robot: str) -> None:
+    """They come back as they are, in the robot's units; the others follow from the network alone."""
+    side, given = policy("pi05", robot, mode="trained"), random_actions(6)
+    reply = side.infer(observation(), seed=0, num_samples=2, leftover=Leftover(given, 4))
+    np.testing.assert_allclose(reply["actions"][:, :4], np.stack([given[:4]] * 2), atol=1e-6)
+    assert reply["rtc"] == {"used": True, "delay": 4, "leftover": 6}
+    assert np.abs(reply["actions"][:, 4:6] - given[4:]).max() > 0.1
+    inputs, context = side.transform.prepare(observation())
+    noise = np.random.default_rng(1).standard_normal((HORIZON, 9), dtype=np.float32)
+    padded = np.concatenate([given, np.zeros((HORIZON - 6, ACTIONS))])
+    previous = torch.from_numpy(side.transform.encode_actions(padded[None], context))
+    expected = side.engine.infer(
+        inputs, torch.from_numpy(noise)[None, None], continuation=FixedPrefix(previous, (4,))
+    ).actions
+    actions = side.infer(observation(), noise=noise, leftover=Leftover(given, 4))["actions"]
+    np.testing.assert_allclose(actions, side.transform.finish(expected.numpy(), context)[0, 0], atol=1e-6)
+
+
+def test_one_plan_serves_first_chunks_and_others_in_trained_mode() -> None:
+    """Warm-up makes it; a first chunk has a prefix of no actions."""
+    side = policy("pi05", mode="trained")
+    fresh = Engine(RandomCheckpoint(config_of("pi05")), EngineConfig(dtype="float32", backend="torch"))
+    side.engine = fresh
+    first = side.infer(observation(), seed=0)
+    assert first["rtc"] == {"used": False, "delay": 0, "leftover": 0}
+    side.infer(observation(), seed=0, leftover=Leftover(random_actions(6), 2))
+    no_delay = side.infer(observation(), seed=0, leftover=Leftover(random_actions(6), 0))
+    assert no_delay["rtc"] == {"used": False, "delay": 0, "leftover": 6}
+    np.testing.assert_array_equal(no_delay["actions"], first["actions"])
+    assert [plan.per_token_time for plan in fresh._sessions] == [True]
+    side.warm_up()
+    assert all(plan.per_token_time for plan in fresh._sessions)
+
+
+def test_pi0_is_refused_in_trained_mode() -> None:
+    with pytest.raises(
+        ValueError, match=r"rtc mode is 'trained', expected 'guided': π0 was trained with one flow time"
+    ):
+        policy("pi0", mode="trained")
+
+
 def test_a_leftover_beyond_the_horizon_is_cut() -> None:
     """Element k stays the same control step, whatever the horizon of the new chunk."""
     side, given = policy(), random_actions(HORIZON)
@@ -192,3 +236,15 @@ def test_a_batch_takes_one_leftover_each() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             side.infer(batch, leftover=leftover)  # type: ignore[arg-type]
+
+
+def test_the_example_of_the_docs() -> None:
+    """docs/rtc.md, as it stands: each chunk begins where the robot is when it arrives."""
+    text = (Path(__file__).parent.parent / "docs" / "rtc.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    executed: list[NDArray[np.float32]] = []
+    names: dict[str, Any] = {"policy": policy(), "observe": observation, "execute": executed.extend}
+    exec(example, names)
+    assert len(executed) == 3 * 4 and all(action.shape == (ACTIONS,) for action in executed)
+    # No latency has counted before the third chunk, so the first leftover had a delay of 0.
+    assert names["reply"]["rtc"]["used"] and names["executed"] == names["reply"]["rtc"]["delay"]

@@ -70,10 +70,13 @@ def test_recorded_calls_are_those_of_an_inference(model_type: ModelType) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_op_runs_on_random_arguments_of_its_call(model_type: ModelType, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("model_type", "per_token_time"), [("pi0", False), ("pi05", False), ("pi05", True)])
+def test_every_op_runs_on_random_arguments_of_its_call(
+    model_type: ModelType, per_token_time: bool, dtype: torch.dtype
+) -> None:
     config = small_config(model_type)
-    plan = ShapePlan.of(config, views=[2], prompt_lengths=[5], samples=2, prompt_bucket=4)
+    lengths: dict[str, Any] = {"views": [2], "prompt_lengths": [5], "samples": 2, "prompt_bucket": 4}
+    plan = ShapePlan.of(config, **lengths, per_token_time=per_token_time)
     scratch = Scratch.allocate(CPU, needed=False)
     seen = set()
     for call in record_op_calls(config, plan, dtype, prompt_tokens=5):

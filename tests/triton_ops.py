@@ -83,6 +83,14 @@ class Problem:
         """float32 [n]: a bias, a gate, an adaRMS scale."""
         return around + 0.3 * self.randn(n, dtype=torch.float32)
 
+    def table(self, n: int, *, around: float = 0.0) -> Tensor:
+        """float32 [2, n]: such a vector for each of two flow times."""
+        return torch.stack([self.vector(n, around=around), self.vector(n, around=around)])
+
+    def time_index(self, rows: int) -> Tensor:
+        """int32 [rows], both times in any order."""
+        return torch.randint(0, 2, (rows,), generator=self._random, dtype=torch.int32)
+
     def weight(self, n: int, k: int, dtype: torch.dtype | None = None) -> Tensor:
         return (self.randn(n, k, dtype=torch.float32) / k**0.5).to(dtype or self.dtype)
 

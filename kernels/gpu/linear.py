@@ -19,6 +19,7 @@ from pi0_engine.kernels.gpu.tiles import (
     NO_NORM,
     gelu,
     is_last,
+    of_rows,
     part_of,
     prefetch_rows,
     product_tile,
@@ -45,7 +46,7 @@ def linear_kernel(
     square_sums,
     sums,  # of the stream that a is the rounded part of, for its norm
     bias,  # float32 [N], or [BIAS_ROWS, N] repeated over the rows
-    gate,  # float32 [N]
+    gate,  # float32 [N], or a table [2, N] for time_index
     out,  # [rows, N]
     out_rounded,
     out_square_sums,
@@ -57,6 +58,7 @@ def linear_kernel(
     step_weight,
     time,
     dt,  # numbers
+    time_index,  # int32 [rows], or None
     partials,
     counters,
     rows,
@@ -107,7 +109,7 @@ def linear_kernel(
     if ACTIVATION == SILU:
         y = silu(y)
     if gate is not None:
-        y *= tl.load(gate + column, mask=column < N, other=0.0)[None, :]
+        y *= of_rows(gate, time_index, row, column, row < rows, column < N, N)
     at = row[:, None] * N + column[None, :]
     mask = (row < rows)[:, None] & (column < N)[None, :]
     if OUTPUT == ADD or OUTPUT == ADD_TO_STREAM:
@@ -115,11 +117,15 @@ def linear_kernel(
         if previous is not None:
             g = tl.minimum(step_weight, tl.load(max_weight)) * tl.load(prefix_weights + row, mask=row < rows, other=0.0)
             y -= g[:, None] * (time * y + dt * (tl.load(previous + at, mask=mask, other=0.0) - before))
+            if time_index is not None:  # given rows stay as they are
+                y = tl.where((tl.load(time_index + row, mask=row < rows, other=0) == 0)[:, None], y, 0.0)
         y += before
     if OUTPUT == STORE or OUTPUT == ADD:
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
     else:
-        write_stream(out, out_rounded, out_square_sums, out_sums, next_scale, y, first_row, first_column, rows, N)
+        write_stream(
+            out, out_rounded, out_square_sums, out_sums, next_scale, time_index, y, first_row, first_column, rows, N
+        )
 
 
 def linear(
@@ -129,11 +135,23 @@ def linear(
     bias: Tensor,
     activation: str | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     out: Tensor | Stream,
     scratch: Scratch,
 ) -> None:
-    _launch(launcher, "linear", x, weight, out, scratch, bias=bias, activation=activation, next_scale=next_scale)
+    _launch(
+        launcher,
+        "linear",
+        x,
+        weight,
+        out,
+        scratch,
+        bias=bias,
+        activation=activation,
+        next_scale=next_scale,
+        time_index=time_index,
+    )
 
 
 def linear_residual(
@@ -143,6 +161,7 @@ def linear_residual(
     bias: Tensor | None,
     gate: Tensor | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     residual: Stream,
     scratch: Scratch,
@@ -157,6 +176,7 @@ def linear_residual(
         bias=bias,
         gate=gate,
         next_scale=next_scale,
+        time_index=time_index,
         add=True,
     )
 
@@ -191,6 +211,7 @@ def rmsnorm_linear_euler(
     step_weight: float,
     time: float,
     dt: float,
+    time_index: Tensor | None = None,
     *,
     actions: Tensor,
     scratch: Scratch,
@@ -204,7 +225,17 @@ def rmsnorm_linear_euler(
         "dt": dt,
     }
     _launch(
-        launcher, "rmsnorm_linear_euler", x.x, weight, actions, scratch, norm_of=x, bias=bias, add=True, guide=guide
+        launcher,
+        "rmsnorm_linear_euler",
+        x.x,
+        weight,
+        actions,
+        scratch,
+        norm_of=x,
+        bias=bias,
+        time_index=time_index,
+        add=True,
+        guide=guide,
     )
 
 
@@ -221,6 +252,7 @@ def _launch(
     activation: str | None = None,
     gate: Tensor | None = None,
     next_scale: Tensor | None = None,
+    time_index: Tensor | None = None,
     add: bool = False,
     guide: dict[str, Any] | None = None,
 ) -> None:
@@ -245,6 +277,7 @@ def _launch(
         "out_sums": stream.sums if stream else None,
         "next_scale": next_scale,
         **(guide or _NO_GUIDE),
+        "time_index": time_index,
         "partials": scratch.partials,
         "counters": scratch.counters,
         "rows": rows,

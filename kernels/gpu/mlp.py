@@ -21,6 +21,7 @@ from pi0_engine.kernels.gpu.tiles import (
     RMS_NORM,
     gelu,
     is_last,
+    of_rows,
     part_of,
     prefetch_rows,
     product_pair,
@@ -42,13 +43,14 @@ def mlp_kernel(
     a,  # [rows, K], the rounded part of the stream, or a tensor descriptor of it
     gate_up,  # [2 * HIDDEN, K], or a tensor descriptor of it
     gate_up_ptr,
-    bias,  # float32 [2 * HIDDEN] or None
+    bias,  # float32 [2 * HIDDEN] or None; it, gate and next_scale are tables of two for time_index
     hidden_in,  # [rows, HIDDEN], or a tensor descriptor of it
     hidden,
     down,  # [K, HIDDEN], or a tensor descriptor of it
     down_ptr,
     gate,  # float32 [K] or None
     next_scale,
+    time_index,  # int32 [rows] or None
     x,
     rounded,
     square_sums,  # of the stream
@@ -90,8 +92,8 @@ def mlp_kernel(
             factor = row_factor(square_sums, None, row, row < rows, K, NORM_BLOCKS, RMS_NORM)[:, None]
             one, two = one * factor, two * factor
             if bias is not None:
-                one += tl.load(bias + pair, mask=pair < HIDDEN, other=0.0)[None, :]
-                two += tl.load(bias + HIDDEN + pair, mask=pair < HIDDEN, other=0.0)[None, :]
+                one += of_rows(bias, time_index, row, pair, row < rows, pair < HIDDEN, 2 * HIDDEN)
+                two += of_rows(bias + HIDDEN, time_index, row, pair, row < rows, pair < HIDDEN, 2 * HIDDEN)
             mask = (row < rows)[:, None] & (pair < HIDDEN)[None, :]
             y = (gelu(one) * two).to(hidden.dtype.element_ty)
             tl.store(hidden + row[:, None] * HIDDEN + pair[None, :], y, mask=mask)
@@ -125,23 +127,29 @@ def mlp_kernel(
                 PRECISION,
             )
             if SPLITS == 1:
-                add_to_stream(x, rounded, square_sums, gate, next_scale, y, first_row, first_column, rows, K)
+                add_to_stream(
+                    x, rounded, square_sums, gate, next_scale, time_index, y, first_row, first_column, rows, K
+                )
             else:
                 store_part(partials, tile, part, 0, y, DOWN_M * DOWN_N, SPLITS)
                 if is_last(counters, tile, SPLITS):
                     y = sum_parts(partials, tile, 0, DOWN_M * DOWN_N, DOWN_M, DOWN_N, SPLITS)
-                    add_to_stream(x, rounded, square_sums, gate, next_scale, y, first_row, first_column, rows, K)
+                    add_to_stream(
+                        x, rounded, square_sums, gate, next_scale, time_index, y, first_row, first_column, rows, K
+                    )
 
 
 @triton.jit
-def add_to_stream(x, rounded, square_sums, gate, next_scale, y, first_row, first_column, rows, N: tl.constexpr):
+def add_to_stream(
+    x, rounded, square_sums, gate, next_scale, time_index, y, first_row, first_column, rows, N: tl.constexpr
+):
     """x += gate * y, with everything that the next norm needs of x."""
     row, column = first_row + tl.arange(0, y.shape[0]), first_column + tl.arange(0, y.shape[1])
     if gate is not None:
-        y *= tl.load(gate + column, mask=column < N, other=0.0)[None, :]
+        y *= of_rows(gate, time_index, row, column, row < rows, column < N, N)
     mask = (row < rows)[:, None] & (column < N)[None, :]
     y += tl.load(x + row[:, None] * N + column[None, :], mask=mask, other=0.0)
-    write_stream(x, rounded, square_sums, None, next_scale, y, first_row, first_column, rows, N)
+    write_stream(x, rounded, square_sums, None, next_scale, time_index, y, first_row, first_column, rows, N)
 
 
 def rmsnorm_mlp_residual(
@@ -152,6 +160,7 @@ def rmsnorm_mlp_residual(
     bias: Tensor | None,
     gate: Tensor | None,
     next_scale: Tensor | None,
+    time_index: Tensor | None = None,
     *,
     hidden: Tensor,
     residual: Stream,
@@ -178,6 +187,7 @@ def rmsnorm_mlp_residual(
         "down_ptr": down,
         "gate": gate,
         "next_scale": next_scale,
+        "time_index": time_index,
         "x": residual.x,
         "rounded": residual.rounded,
         "square_sums": residual.square_sums,

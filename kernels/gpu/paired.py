@@ -19,6 +19,7 @@ from pi0_engine.kernels.gpu.tiles import (
     RMS_NORM,
     gelu,
     is_last,
+    of_rows,
     part_of,
     prefetch_rows,
     product_pair,
@@ -35,7 +36,8 @@ def paired_kernel(
     w,  # [2 * PAIRS, K], or a tensor descriptor of it
     w_ptr,  # [2 * PAIRS, K]
     square_sums,  # of the stream
-    bias,  # float32 [2 * PAIRS] or None
+    bias,  # float32 [2 * PAIRS] or None; a table [2, 2 * PAIRS] for time_index
+    time_index,  # int32 [rows] or None
     rope_table,  # float32 [positions, 2 * HALF], or None for geglu
     positions,  # int32 [rows], or None for geglu
     out,  # [rows, PAIRS] of geglu; queries [rows, Q_DIM] of RoPE, or None
@@ -85,8 +87,8 @@ def paired_kernel(
     one, two = one * factor, two * factor
     inside, column = pair % HALF, pair // HALF * 2 * HALF + pair % HALF
     if bias is not None:
-        one += tl.load(bias + column, mask=pair < PAIRS, other=0.0)[None, :]
-        two += tl.load(bias + column + HALF, mask=pair < PAIRS, other=0.0)[None, :]
+        one += of_rows(bias, time_index, row, column, row < rows, pair < PAIRS, 2 * PAIRS)
+        two += of_rows(bias + HALF, time_index, row, column, row < rows, pair < PAIRS, 2 * PAIRS)
     mask = (row < rows)[:, None] & (pair < PAIRS)[None, :]
     if rope_table is None:
         tl.store(out + row[:, None] * PAIRS + pair[None, :], (gelu(one) * two).to(out.dtype.element_ty), mask=mask)
@@ -121,6 +123,7 @@ def rmsnorm_qkv_rope(
     bias: Tensor | None,
     rope_table: Tensor,
     positions: Tensor,
+    time_index: Tensor | None = None,
     *,
     q: Tensor | None,
     k: Tensor,
@@ -136,6 +139,7 @@ def rmsnorm_qkv_rope(
         "value": v,
         "Q_DIM": 0 if q is None else q.shape[1],
         "KV_DIM": k.shape[1],
+        "time_index": time_index,
     }
     _launch(launcher, "rmsnorm_qkv_rope", x, weight, bias, half, arguments, scratch)
 
@@ -158,6 +162,7 @@ def rmsnorm_geglu(
         "value": None,
         "Q_DIM": 0,
         "KV_DIM": 0,
+        "time_index": None,
     }
     _launch(launcher, "rmsnorm_geglu", x, weight, bias, weight.shape[0] // 2, arguments, scratch)
 

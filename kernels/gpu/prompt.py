@@ -33,7 +33,7 @@ def prompt_kernel(
     row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     valid = (row < rows) & (start + row < tl.load(length))
     x = tl.load(prompt + row[:, None] * N + column[None, :], mask=valid[:, None] & (column < N)[None, :], other=0.0)
-    write_stream(out, out_rounded, out_square_sums, None, None, x, first_row, first_column, rows, N)
+    write_stream(out, out_rounded, out_square_sums, None, None, None, x, first_row, first_column, rows, N)
 
 
 def embed_prompt(launcher: Launcher, prompt: Tensor, start: int, length: Tensor, *, out: Stream) -> None:

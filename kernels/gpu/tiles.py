@@ -137,7 +137,9 @@ def row_factor(square_sums, sums, row, valid, WIDTH: tl.constexpr, BLOCKS: tl.co
 
 
 @triton.jit
-def write_stream(x_ptr, rounded, square_sums, sums, next_scale, x, first_row, first_column, rows, N: tl.constexpr):
+def write_stream(
+    x_ptr, rounded, square_sums, sums, next_scale, time_index, x, first_row, first_column, rows, N: tl.constexpr
+):
     """Store the tile ``x`` of a residual stream: itself, its rounded copy and its partial sums (kernels/stream.py)."""
     BLOCK_M: tl.constexpr = x.shape[0]
     BLOCK_N: tl.constexpr = x.shape[1]
@@ -147,15 +149,31 @@ def write_stream(x_ptr, rounded, square_sums, sums, next_scale, x, first_row, fi
     at = row[:, None] * N + column[None, :]
     x = tl.where(mask, x, 0.0)
     tl.store(x_ptr + at, x, mask=mask)
+    # The copy before the sums: the other way round ptxas spills for sm_100.
+    y = x
+    if next_scale is not None:
+        y = x * of_rows(next_scale, time_index, row, column, row < rows, column < N, N)
+    tl.store(rounded + at, y.to(rounded.dtype.element_ty), mask=mask)
     block = first_column // SUM_COLUMNS + tl.arange(0, BLOCK_N // SUM_COLUMNS)
     sums_at = row[:, None] * COUNT + block[None, :]
     sums_mask = (row < rows)[:, None] & (block < COUNT)[None, :]
     tl.store(square_sums + sums_at, block_sums(x * x), mask=sums_mask)
     if sums is not None:
         tl.store(sums + sums_at, block_sums(x), mask=sums_mask)
-    if next_scale is not None:
-        x = x * tl.load(next_scale + column, mask=column < N, other=0.0)[None, :]
-    tl.store(rounded + at, x.to(rounded.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def of_rows(terms, time_index, row, column, row_mask, column_mask, N: tl.constexpr):
+    """Terms of adaRMS that go with a tile (kernels/stream.py): [1, BLOCK_N] of ``terms`` [N], the same for all rows.
+
+    With ``time_index`` int32 [rows], [BLOCK_M, BLOCK_N]: the entries that it names of a table [2, N].
+    """
+    if time_index is None:
+        return tl.load(terms + column, mask=column_mask, other=0.0)[None, :]
+    else:
+        entry = tl.load(time_index + row, mask=row_mask, other=0)
+        own = entry[:, None] * N + column[None, :]
+        return tl.load(terms + own, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit

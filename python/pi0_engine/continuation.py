@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pi0_engine.engine.guidance import Guide
+from pi0_engine.engine.guidance import Continuation, FixedPrefix, Guide
+from pi0_engine.engine.plan import check_per_token_time
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.rtc import Leftover, RtcConfig, prefix_weights
 from pi0_engine.transforms import Context, ObservationTransform
@@ -18,7 +19,10 @@ from pi0_engine.transforms import Context, ObservationTransform
 def check_mode(rtc: RtcConfig, engine: Engine) -> None:
     """Raise ValueError saying why the engine cannot continue chunks in this mode."""
     if rtc.mode == "trained":
-        raise ValueError("rtc mode 'trained' is not there yet, expected 'guided'")
+        try:
+            check_per_token_time(engine.config)
+        except ValueError as error:
+            raise ValueError(f"rtc mode is 'trained', expected 'guided': {error}") from error
 
 
 def continue_chunks(
@@ -27,7 +31,7 @@ def continue_chunks(
     transform: ObservationTransform,
     context: Context,
     horizon: int,
-) -> tuple[Guide | None, list[dict[str, Any]]]:
+) -> tuple[Continuation | None, list[dict[str, Any]]]:
     """The engine's continuation of B leftovers, and what was made of each.
 
     Actions relative to the state are anchored anew: to ``context``, whose observations the new chunks answer. The
@@ -39,14 +43,19 @@ def continue_chunks(
         horizon: actions of the new chunks.
 
     Returns:
-        None where nothing is continued. Of each observation: ``used``, whether anything pulls on the new chunk;
-        ``delay``, no more than is left; ``leftover``, how many of its actions lie within the horizon.
+        The continuation, or None where nothing pulls (in trained mode a prefix of no rows: the same graph then serves
+        first chunks and others). Of each observation: ``used``, whether the leftover makes a difference; ``delay``, no
+        more than is left; ``leftover``, how many of its actions lie within the horizon.
 
     Raises:
         ValueError: actions of another robot.
     """
     lengths = [0 if leftover is None else min(len(leftover), horizon) for leftover in leftovers]
     delays = [min(leftover.delay, n) if leftover else 0 for leftover, n in zip(leftovers, lengths, strict=True)]
+    previous = torch.from_numpy(_encode(leftovers, lengths, transform, context, horizon))
+    if rtc.mode == "trained":
+        used = [{"used": delay > 0, "delay": delay, "leftover": n} for delay, n in zip(delays, lengths, strict=True)]
+        return FixedPrefix(previous, tuple(delays)), used
     weights = np.stack(
         [
             prefix_weights(rtc.schedule, delay, min(max(rtc.execution_horizon, delay), n), horizon)
@@ -57,10 +66,9 @@ def continue_chunks(
         {"used": bool(row.any()), "delay": delay, "leftover": n}
         for row, delay, n in zip(weights, delays, lengths, strict=True)
     ]
-    previous = _encode(leftovers, lengths, transform, context, horizon)
     if not weights.any():
         return None, used
-    return Guide(torch.from_numpy(previous), torch.from_numpy(weights), float(rtc.max_guidance_weight)), used
+    return Guide(previous, torch.from_numpy(weights), float(rtc.max_guidance_weight)), used
 
 
 def _encode(

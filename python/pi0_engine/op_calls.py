@@ -20,7 +20,7 @@ from pi0_engine.config import Pi0Config
 from pi0_engine.engine.plan import ShapePlan, rope_table
 from pi0_engine.engine.trace import Call, TracingOps, run_on_meta
 from pi0_engine.kernels.registry import OpFunction, Ops, all_ops, nbytes
-from pi0_engine.kernels.stream import Scratch, Stream
+from pi0_engine.kernels.stream import Scratch, Stream, of_rows
 
 #: Largest relative L2 difference of an output from the op's meaning in float64: some roundings to the dtype.
 AGREEMENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -230,7 +230,8 @@ class _Filler:
         for name, value in filled.items():
             if isinstance(value, Stream) and name not in self._only_written:
                 # Read with the norm's scale, where the op has one.
-                value.write(self._normal(self._meta[name].x.shape), filled.get("scale"))
+                scale = of_rows(filled.get("scale"), filled.get("time_index"))
+                value.write(self._normal(self._meta[name].x.shape), scale)
         return filled
 
     def _value(self, name: str, value: Any) -> Any:
@@ -245,6 +246,8 @@ class _Filler:
         if name == "positions":
             rows = self._meta["rope_table"].shape[0]
             return torch.randint(0, rows, like.shape, generator=self._random, dtype=like.dtype, device=self._device)
+        if name == "time_index":
+            return torch.randint(0, 2, like.shape, generator=self._random, dtype=like.dtype, device=self._device)
         if name == "rope_table":
             return rope_table(*like.shape).to(self._device)
         if name in ("length", "lengths"):

@@ -159,7 +159,13 @@ class Pi0Policy:
         """
         views = sum(camera.slot is not None for camera in self.transform.robot.cameras)
         with self._lock:
-            self.engine.warm_up(views=views, samples=num_samples, horizon=self.config.action_horizon, progress=progress)
+            self.engine.warm_up(
+                views=views,
+                samples=num_samples,
+                horizon=self.config.action_horizon,
+                per_token_time=self.rtc.mode == "trained",
+                progress=progress,
+            )
 
     def infer(
         self,

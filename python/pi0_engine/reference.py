@@ -36,13 +36,13 @@ def blockwise_causal(pad_mask: Tensor, starts_block: Tensor) -> Tensor:
 
 
 def time_embedding(time: Tensor, width: int) -> Tensor:
-    """sin and cos of the flow time, float32 [B] -> float32 [B, width].
+    """sin and cos of the flow time, float32 [...] -> float32 [..., width].
 
     Periods run geometrically from 4e-3 to 4; computed in float64, because at the shortest period float32 angles
     (up to 1571 rad) are off by 1e-4 (openpi ``create_sinusoidal_pos_embedding``).
     """
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
-    angle = time.double()[:, None] * (2 * math.pi / (4e-3 * (4.0 / 4e-3) ** fraction))
+    angle = time.double()[..., None] * (2 * math.pi / (4e-3 * (4.0 / 4e-3) ** fraction))
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
@@ -131,7 +131,8 @@ class Pi0Reference(nn.Module):
     def embed_suffix(self, state: Tensor, x_t: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
         """state float32 [B, A], noisy actions float32 [B, H, A], time float32 [B] -> (tokens [B, S, W], adaRMS cond).
 
-        π0: S = 1 + H (state first) and no condition. π0.5: S = H and cond float32 [B, W].
+        π0: S = 1 + H (state first) and no condition. π0.5: S = H and cond float32 [B, W], or [B, H, W] where each token
+        has a time of its own, [B, H].
         """
         action = self.action_in_proj(x_t)
         time_emb = time_embedding(time, self.config.expert.width)
@@ -142,7 +143,10 @@ class Pi0Reference(nn.Module):
         return torch.cat([self.state_proj(state)[:, None, :], action], dim=1), None
 
     def velocity(self, state: Tensor, prefix_pad: Tensor, cache: KVCache, x_t: Tensor, time: Tensor) -> Tensor:
-        """One flow step: dx/dt float32 [B, H, A] of noisy actions x_t [B, H, A] at time [B], given the prefix cache."""
+        """One flow step: dx/dt float32 [B, H, A] of noisy actions x_t [B, H, A] at time [B], given the prefix cache.
+
+        π0.5 also takes a time of each token, [B, H].
+        """
         suffix, cond = self.embed_suffix(state, x_t, time)
         suffix_allowed = blockwise_causal(prefix_pad.new_ones(suffix.shape[:2]), self._suffix_blocks(suffix))
         to_prefix = prefix_pad[:, None, :].expand(-1, suffix.shape[1], -1)

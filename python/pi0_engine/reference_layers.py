@@ -41,9 +41,13 @@ class AdaRMSNorm(nn.Module):
         self.dense = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, W], cond float32 [B, W] -> (normed x, gate [B, 1, W]), both in x.dtype."""
+        """x [B, S, W], cond float32 [B, W] -> (normed x, gate [B, 1, W]), both in x.dtype.
+
+        With a cond of each token, [B, S, W], the gate is [B, S, W] too.
+        """
         assert cond is not None
-        scale, shift, gate = self.dense(cond)[:, None, :].chunk(3, dim=-1)
+        modulation = self.dense(cond)
+        scale, shift, gate = (modulation if cond.ndim == 3 else modulation[:, None, :]).chunk(3, dim=-1)
         return (rms_normalize(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 

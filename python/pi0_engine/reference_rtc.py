@@ -2,12 +2,14 @@
 
 Guided sampling in plain autograd. ``jacobian="full"`` is the paper's correction, a vector-Jacobian product through the
 whole network; ``"identity"`` leaves the network's Jacobian out, as lerobot does, and is what the engine computes.
+Sampling with a given prefix, for models trained with one, needs no gradient: its tokens are at flow time 0.
 
 Shape letters as in ``reference.py``; all tensors float32, actions in network units.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,8 +24,8 @@ Jacobian = Literal["identity", "full"]
 def guidance_weight(time: Tensor, max_weight: float) -> Tensor:
     """min(max_weight, (1 - tau) / tau * 1 / r^2) with tau = 1 - time and r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2).
 
-    Real-Time Execution of Action Chunking Flow Policies, equations 2 and 4, whose time tau runs from noise (0) to
-    actions (1). float64; ``max_weight`` where it would be infinite.
+    From Real-Time Execution of Action Chunking Flow Policies, whose time tau runs from noise (0) to actions (1).
+    float64; ``max_weight`` where it would be infinite.
     """
     tau = 1.0 - time.double()
     r_squared = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
@@ -82,4 +84,34 @@ def sample_guided(
     for time, dt in flow_times(model.config.num_steps if num_steps is None else num_steps):
         v = guided_velocity(model, state, pad_mask, cache, x_t, time, previous, weights, max_weight, jacobian)
         x_t = x_t + dt * v
+    return x_t
+
+
+@torch.no_grad()
+def sample_with_prefix(
+    model: Pi0Reference,
+    images: Tensor,
+    image_masks: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    state: Tensor,
+    noise: Tensor,
+    previous: Tensor,
+    rows: Sequence[int],
+    *,
+    num_steps: int | None = None,
+) -> Tensor:
+    """``Pi0Reference.sample_actions`` of a π0.5 whose first ``rows[b]`` actions are given: those of ``previous``.
+
+    They stay as they are in every step, at flow time 0, where actions are clean (Training-Time Action Conditioning for
+    Efficient Real-Time Chunking, whose time runs the other way).
+    """
+    given = torch.arange(noise.shape[1])[None, :] < torch.tensor(rows)[:, None]
+    prefix, pad_mask = model.embed_prefix(images, image_masks, tokens, token_mask)
+    cache = model.prefill(prefix, pad_mask)
+    x_t = torch.where(given[..., None], previous, noise)
+    for time, dt in flow_times(model.config.num_steps if num_steps is None else num_steps):
+        times = torch.where(given, 0.0, time)
+        v = model.velocity(state, pad_mask, cache, x_t, times)
+        x_t = torch.where(given[..., None], previous, x_t + dt * v)
     return x_t

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,11 +91,19 @@ class Kernels:
         for name in self.config:
             config = Pi0Config.load(name)
             prompt = min(PROMPT_TOKENS, config.token_capacity)
-            for views in VIEWS:
-                plan = ShapePlan.of(config, views=[views], prompt_lengths=[prompt], prompt_bucket=GPU_PROMPT_BUCKET)
+            plans = {
+                f"{name} with {views} view{'s'[: views > 1]}": ShapePlan.of(
+                    config, views=[views], prompt_lengths=[prompt], prompt_bucket=GPU_PROMPT_BUCKET
+                )
+                for views in VIEWS
+            }
+            if config.is_pi05:
+                (where, plan), *_ = plans.items()
+                plans[f"{where} and a given prefix"] = dataclasses.replace(plan, per_token_time=True)
+            for where, plan in plans.items():
                 for launch in trace.record_launches(config, plan, getattr(torch, self.dtype), target):
                     if self.op in (None, launch.op):
-                        yield f"{name} with {views} view{'s'[: views > 1]}", launch
+                        yield where, launch
 
 
 @dataclass
