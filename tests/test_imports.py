@@ -83,6 +83,7 @@ ALLOWED = {
 
 #: Imported inside functions only, with an error that names the extra.
 OPTIONAL = (
+    "fastapi",
     "flash_attn",
     "flax",
     "jax",
@@ -92,10 +93,13 @@ OPTIONAL = (
     "msgpack",
     "orbax",
     "prometheus_client",
+    "ray",
     "rerun",
+    "starlette",
     "tensorstore",
     "transformers",
     "triton",
+    "uvicorn",
     "websockets",
     "zstandard",
 )

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ from pi0_engine.recording import Recorder, describe_policy
 from pi0_engine.robots import Robot, get_robot
 from pi0_engine.rtc import Mode, RtcConfig, Schedule
 from pi0_engine.serving.access import Keys
+from pi0_engine.serving.fleet import FleetOptions
+from pi0_engine.serving.ray_app import ReplicaOptions
+from pi0_engine.serving.ray_run import run_fleet
 from pi0_engine.serving.server import PolicyServer, ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 from pi0_engine.tokenizer_files import demo_tokenizer
@@ -88,29 +92,57 @@ class Serve:
     """Of them, keep the newest so many 10^9 bytes."""
     verbose: bool = False
     """Also log every refused message."""
+    ray: bool = False
+    """Serve a fleet with Ray Serve: one engine per replica behind this one address (docs/fleet.md)."""
+    fleet: Annotated[FleetOptions, tyro.conf.arg(name="")] = field(default_factory=FleetOptions)
 
     def run(self) -> int:
         logging.getLogger("pi0_engine").setLevel(logging.INFO if self.verbose else logging.WARNING)
         options = ServerOptions(
             host=self.host,
             port=self.port,
-            keys=Keys.read(self.api_key_file) if self.api_key_file else Keys(),
+            keys=self._keys(),
             allow_unauthenticated=self.allow_unauthenticated,
             tls_cert=self.tls_cert,
             tls_key=self.tls_key,
             max_message_mb=self.max_message_mb,
             drain_s=self.drain_s,
         )
-        robot = get_robot(self.robot)
-        rtc = RtcConfig(self.rtc_mode, self.rtc_schedule, self.rtc_execution_horizon, self.rtc_max_guidance_weight)
-        service = Service(
-            lambda: self._load(robot, rtc),
-            ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata)),
-            record=self._recorder if self.record else None,
-        )
-        server = PolicyServer(service, options, on_ready=lambda address: print(f"ready on {address}", flush=True))
+        if self.ray:
+            run_fleet(self.replica(), self.fleet, options, on_ready=_say_ready)
+            return 0
+        if self.fleet != FleetOptions():
+            raise ValueError("--replicas, --autoscale and --cpus-per-replica are options of a fleet: give --ray too")
+        load, record = partial(self._load, get_robot(self.robot), self._rtc()), self._recorder if self.record else None
+        service = Service(load, self._sessions(), record=record)
+        server = PolicyServer(service, options, on_ready=_say_ready)
         asyncio.run(_until_signalled(server))
         return 0
+
+    def replica(self) -> ReplicaOptions:
+        """What each replica of a fleet is made of. Raises ValueError for what cannot be one."""
+        if self.record is not None:
+            raise ValueError("--record is given with --ray, where nothing is recorded yet")
+        if self.model.checkpoint is None:
+            self.model.open()  # raises here what would end every replica; a checkpoint may be on their machines only
+        return ReplicaOptions(
+            load=partial(self._load, get_robot(self.robot), self._rtc()),
+            service=self._sessions(),
+            keys=self._keys(),
+            max_message_mb=self.max_message_mb,
+            drain_s=self.drain_s,
+            device=self.device,
+            verbose=self.verbose,
+        )
+
+    def _keys(self) -> Keys:
+        return Keys.read(self.api_key_file) if self.api_key_file else Keys()
+
+    def _sessions(self) -> ServiceOptions:
+        return ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata))
+
+    def _rtc(self) -> RtcConfig:
+        return RtcConfig(self.rtc_mode, self.rtc_schedule, self.rtc_execution_horizon, self.rtc_max_guidance_weight)
 
     def _load(self, robot: Robot, rtc: RtcConfig) -> Pi0Policy:
         is_random = self.model.random_weights is not None  # no files of its own: the demo's tokenizer, no statistics
@@ -132,6 +164,10 @@ class Serve:
         sources = {**vars(self.model), "tokenizer": self.tokenizer, "norm_stats": self.norm_stats}
         metadata = describe_policy(policy, **sources, asset_id=self.asset_id, seed=self.seed)
         return Recorder(self.record, metadata, max_bytes=int(self.record_gb * 1e9))
+
+
+def _say_ready(address: str) -> None:
+    print(f"ready on {address}", flush=True)
 
 
 async def _until_signalled(server: PolicyServer) -> None:
