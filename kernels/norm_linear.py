@@ -37,7 +37,7 @@ def _product(x: Stream, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     if bias is None or time_index is None:
         return gemm(normed, weight, bias)
     y = gemm(normed, weight)
-    return y + bias[time_index].to(y.dtype)
+    return y.float() + bias[time_index]  # rounded once more when it is stored, not here as well
 
 
 def _read_bytes(x: Stream) -> int:

@@ -219,14 +219,18 @@ def test_rows_take_their_own_of_two_modulations(width: int, dtype: torch.dtype) 
         rmsnorm_mlp_residual(gate_up, down, *modulation, hidden=hidden, residual=residual, scratch=SCRATCH)
         return [q, k, v, hidden], residual
 
-    found, stream_found = run(index, slice(None))
+    found, stream_found = run(index, [0, 1])
     for entry in (0, 1):
-        expected, stream_expected = run(None, entry)
         mine = index == entry
-        for actual, wanted in zip(found, expected, strict=True):
-            check(actual[mine], wanted[mine].double(), dtype)
-        check(stream_found.x[mine], stream_expected.x[mine].double(), dtype)
-        check(stream_found.rounded[mine], stream_expected.rounded[mine].double(), dtype)
+        # The same arithmetic with one time for all: the very same bits.
+        same, stream_same = run(index, [entry, entry])
+        pairs = zip([*found, stream_found.x], [*same, stream_same.x], strict=True)
+        assert all(torch.equal(actual[mine], wanted[mine]) for actual, wanted in pairs)
+        if dtype == torch.float32:  # without a table the bias is added inside the product, rounded at another place
+            plain, stream_plain = run(None, entry)
+            for actual, wanted in zip([*found, stream_found.x], [*plain, stream_plain.x], strict=True):
+                check(actual[mine], wanted[mine].double(), dtype)
+                check(stream_found.rounded[mine], stream_plain.rounded[mine].double(), dtype)
 
 
 def test_given_actions_stay_as_they_are() -> None:
