@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class Keys:
     The scheme is openpi's: ``Authorization: Api-Key KEY``.
     """
 
-    keys: tuple[bytes, ...] = ()
+    keys: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def read(cls, path: str | Path) -> Keys:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -55,7 +57,7 @@ class ServerOptions:
             raise ValueError(f"port is {self.port}, expected 0 to 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("expected both --tls-cert and --tls-key, or neither")
-        if not self.max_message_mb > 0 or not self.drain_s >= 0:
+        if not 0 < self.max_message_mb < math.inf or not 0 <= self.drain_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_message_mb is {self.max_message_mb}, drain_s {self.drain_s}: expected above 0")
 
     def tls(self) -> ssl.SSLContext | None:
@@ -64,7 +66,8 @@ class ServerOptions:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.tls_cert, self.tls_key)
+            # An encrypted key is refused: a server does not sit and ask its terminal.
+            context.load_cert_chain(self.tls_cert, self.tls_key, password="")
         except (OSError, ssl.SSLError) as error:
             raise ValueError(f"cannot use {self.tls_cert} with {self.tls_key}: {error}") from error
         return context
@@ -103,6 +106,7 @@ class PolicyServer:
                 self.options.port,
                 process_request=self._http,
                 ssl=tls,
+                **({} if tls is None else {"ssl_handshake_timeout": _OPEN_S, "ssl_shutdown_timeout": 1}),
                 compression=None,  # as openpi: camera frames do not get smaller, only later
                 max_size=int(self.options.max_message_mb * 1e6),
                 max_queue=1,  # newer messages stay in the socket's buffer
@@ -176,9 +180,14 @@ class PolicyServer:
             ready = self.service.is_ready
             status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "ready\n" if ready else "not ready\n")
-        if not self.options.keys.admit(request.headers.get("Authorization")):
+        given = request.headers.get_all("Authorization")
+        if not self.options.keys.admit(given[0] if len(given) == 1 else None):
             self.service.metrics.refused("unauthorized")
             return connection.respond(HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Api-Key KEY'\n")
+        if not self.options.keys.keys and "Origin" in request.headers:
+            # Sent by browsers: any page open on this machine could otherwise reach a loopback server.
+            self.service.metrics.refused("unauthorized")
+            return connection.respond(HTTPStatus.FORBIDDEN, "a web page needs a server with API keys\n")
         if path == "/metrics":
             kind, body = self.service.metrics.exposition()
             response = connection.respond(HTTPStatus.OK, body.decode())
