@@ -104,6 +104,24 @@ def test_a_web_page_cannot_reach_a_server_without_keys() -> None:
         assert handshake(running.port, origin, b"Authorization: Api-Key right").endswith(b"101 Switching Protocols")
 
 
+@pytest.mark.parametrize("kind", [b"\x02", b"\x01"])
+def test_a_message_of_countless_fragments_is_cut_off(kind: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty ones, which count nothing towards its size. Not every version of websockets counts them."""
+    monkeypatch.setattr("websockets.asyncio.messages.MAX_FRAGMENTS", 10**9, raising=False)
+    with serving() as running, connect(running.port) as connection:
+        empty = b"\x80" + bytes(4)
+        connection.socket.sendall(kind + empty + (b"\x00" + empty) * 4096)
+        with pytest.raises(websockets.exceptions.ConnectionClosedError) as caught:
+            connection.recv(PATIENCE_S)
+        assert caught.value.rcvd is not None and caught.value.rcvd.code == 1009
+    with serving() as running, connect(running.port) as connection:  # in parts, with an empty one, it is fine
+        data = packb(observation())
+        connection.send([data[:10], b"", data[10:]])
+        assert "actions" in reply(connection)
+        connection.send(["te", "xt"])
+        assert reply(connection)["message"] == "the message is text, expected binary msgpack"
+
+
 def test_keys_do_not_show() -> None:
     assert "sesame" not in repr(ServerOptions(keys=Keys((b"sesame",))))
 
@@ -133,6 +151,11 @@ def test_a_key_file_with_a_passphrase_is_refused_and_not_asked_for(tmp_path: Pat
 
 
 # What an operator says.
+
+
+def test_a_byte_order_mark_is_not_part_of_a_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\ufeffright\n", encoding="utf-8")
+    assert Keys.read(tmp_path / "keys").keys == (b"right",)
 
 
 def test_metadata_cannot_contradict_the_server() -> None:
@@ -226,3 +249,17 @@ def test_nan_from_one_observation_ends_nothing() -> None:
         assert ask(connection, **observation())["code"] == "not_finite"
         assert "actions" in ask(connection, **observation())
         assert http(running.port, "/readyz")[0] == 200
+
+
+class Changing(dict[str, Any]):
+    """A map that somebody else changes while it is read."""
+
+    def items(self) -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+def test_a_record_that_cannot_be_read_is_dropped_and_nothing_else_happens(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "recorded", {"test": 1}) as recorder:
+        assert not recorder.write(Record(observation=Changing(a=1), reply={}, seed=0))
+        assert recorder.write(Record(observation={"a": 1}, reply={}, seed=0))
+    assert (recorder.written, recorder.dropped) == (1, 1)

@@ -31,7 +31,7 @@ class Keys:
             ValueError: a file that cannot be read or holds no key.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # an editor's byte order mark is not part of a key
             others_may_read = os.stat(path).st_mode & 0o077
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read the API keys: {error}") from error

@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 _PING_S = 10
 #: From the first byte of a connection to its handshake: seconds.
 _OPEN_S = 5
+#: Parts of one message. Empty ones count nothing towards its size, and not every version of websockets limits them.
+_FRAGMENTS = 4096
 #: Close codes of RFC 6455.
-_GOING_AWAY, _TRY_AGAIN_LATER, _INTERNAL_ERROR = 1001, 1013, 1011
+_GOING_AWAY, _TOO_BIG, _TRY_AGAIN_LATER, _INTERNAL_ERROR = 1001, 1009, 1013, 1011
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,16 @@ class _Websocket:
         self._connection, self._closed = connection, ConnectionClosed
 
     async def receive(self) -> bytes | str | None:
+        fragments: list[Any] = []
         try:
-            message: bytes | str = await self._connection.recv()
+            async for fragment in self._connection.recv_streaming():
+                fragments.append(fragment)
+                if len(fragments) > _FRAGMENTS:
+                    await self._connection.close(_TOO_BIG, f"a message of more than {_FRAGMENTS} fragments")
+                    return None
         except self._closed:
             return None
+        message: bytes | str = fragments[0][:0].join(fragments)  # text or bytes; one alone is not copied
         return message
 
     async def send(self, message: bytes | str) -> None:
