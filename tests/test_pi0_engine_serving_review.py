@@ -94,6 +94,18 @@ def test_two_keys_in_one_handshake_are_none(caplog: pytest.LogCaptureFixture) ->
     assert "process_request failed" not in caplog.text
 
 
+@pytest.mark.parametrize("knock", [b"", b"\x16\x03\x01\r\n\r\n", b"HEAD /healthz HTTP/1.1\r\n\r\n", b"GET /"])
+def test_who_knocks_does_not_fill_the_log(knock: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as raw:
+            raw.sendall(knock)
+            raw.shutdown(socket.SHUT_WR)
+            while raw.recv(65536):
+                pass
+        assert http(running.port, "/readyz")[0] == 200
+    assert caplog.text == ""
+
+
 def test_a_web_page_cannot_reach_a_server_without_keys() -> None:
     """A browser on the robot's machine would connect to loopback for any page that asks it to."""
     origin = b"Origin: https://example.org"

@@ -20,6 +20,9 @@ from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.service import Service
 
 log = logging.getLogger(__name__)
+#: What websockets says. Its versions before 17 print a traceback for every scanner that knocks.
+_handshakes = logging.getLogger(f"{__name__}.websockets")
+_handshakes.addFilter(lambda record: record.msg != "opening handshake failed")
 
 #: A client that does not answer a ping for so long has gone, or is too slow to be of use: seconds.
 _PING_S = 10
@@ -117,6 +120,7 @@ class PolicyServer:
                 ping_timeout=_PING_S,
                 close_timeout=1,
                 server_header=None,
+                logger=_handshakes,
             )
         except OSError as error:
             raise ValueError(f"cannot listen on {self.options.host}:{self.options.port}: {error}") from error
