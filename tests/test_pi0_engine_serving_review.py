@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
+import tempfile
 import threading
 import tracemalloc
 from pathlib import Path
@@ -17,6 +19,7 @@ import websockets.sync.client as websocket
 
 import pi0_engine.serving.server as server_module
 import pi0_engine.serving.service as service_module
+from pi0_engine.cli import main
 from pi0_engine.inputs import NotFiniteError
 from pi0_engine.observation import read_observation
 from pi0_engine.recording import Recorder, describe_policy
@@ -29,7 +32,7 @@ from pi0_engine.serving.protocol import SERVER_KEYS, read_request
 from pi0_engine.serving.server import ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 from pi0_engine.serving.wire import packb, unpackb
-from serving import PATIENCE_S, noise, observation, policy, serving
+from serving import PATIENCE_S, SIZES, noise, observation, policy, serving
 from test_pi0_engine_serving_server import Gated, ask, connect, http, reply
 
 _UPGRADE = (
@@ -163,6 +166,18 @@ def test_a_key_file_with_a_passphrase_is_refused_and_not_asked_for(tmp_path: Pat
 
 
 # What an operator says.
+
+
+@pytest.mark.parametrize(("option", "error"), [("--api-key-file", "cannot read the API keys"), ("--record", "record")])
+def test_an_empty_name_is_not_none(option: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a unit file's unset variable gives it: it must not open the server, or lose the recording."""
+    sizes = json.dumps(SIZES)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(sizes)
+        file.flush()
+        arguments = ["serve", "--robot", "libero", "--random-weights", "0", "--config", file.name, "--port", "0"]
+        assert main([*arguments, option, ""]) == 2
+    assert error in capsys.readouterr().err
 
 
 def test_a_byte_order_mark_is_not_part_of_a_key(tmp_path: Path) -> None:

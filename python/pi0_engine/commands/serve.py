@@ -94,7 +94,7 @@ class Serve:
         options = ServerOptions(
             host=self.host,
             port=self.port,
-            keys=Keys.read(self.api_key_file) if self.api_key_file else Keys(),
+            keys=Keys() if self.api_key_file is None else Keys.read(self.api_key_file),
             allow_unauthenticated=self.allow_unauthenticated,
             tls_cert=self.tls_cert,
             tls_key=self.tls_key,
@@ -106,7 +106,7 @@ class Serve:
         service = Service(
             lambda: self._load(robot, rtc),
             ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata)),
-            record=self._recorder if self.record else None,
+            record=None if self.record is None else self._recorder,
         )
         server = PolicyServer(service, options, on_ready=lambda address: print(f"ready on {address}", flush=True))
         asyncio.run(_until_signalled(server))
