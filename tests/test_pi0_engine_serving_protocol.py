@@ -12,7 +12,7 @@ import pytest
 from openpi_client import msgpack_numpy
 
 from pi0_engine.robots import get_robot
-from pi0_engine.serving.access import Keys, check_exposure
+from pi0_engine.serving.access import Keys, check_exposure, refusal
 from pi0_engine.serving.errors import CODES, Refusal
 from pi0_engine.serving.example import example_observation
 from pi0_engine.serving.protocol import Continue, Request, read_request
@@ -152,3 +152,14 @@ def test_who_may_listen_where() -> None:
             check_exposure(host, Keys(), allow_unauthenticated=False)
         check_exposure(host, Keys((b"key",)), allow_unauthenticated=False)
         check_exposure(host, Keys(), allow_unauthenticated=True)
+
+
+def test_what_a_request_is_refused_for_before_it_is_served() -> None:
+    keys = Keys((b"key",))
+    assert refusal(Keys(), [], from_web_page=False) is None
+    assert refusal(keys, ["Api-Key key"], from_web_page=True) is None
+    for authorizations in ([], ["Api-Key other"], ["Api-Key key", "Api-Key key"]):
+        refused = refusal(keys, authorizations, from_web_page=False)
+        assert refused is not None and refused[0] == 401
+    refused = refusal(Keys(), [], from_web_page=True)
+    assert refused is not None and refused[0] == 403

@@ -71,15 +71,17 @@ def read_observation(observation: Mapping[str, Any], robot: Robot, prompt: str |
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out.update(_flatten(value, f"{prefix}{key}/"))
-        else:
-            out[f"{prefix}{key}"] = value
+        found = _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        for twice in found.keys() & out.keys():
+            raise ValueError(f"observation key {twice!r} is there twice: nested, and as one key with a slash")
+        out.update(found)
     return out
 
 
 def _missing(key: str, values: Mapping[str, Any], robot: Robot) -> str:
-    return f"observation key {key!r} is missing; robot {robot.name!r} expects it, given were {sorted(values)}"
+    given = sorted(values)
+    more = f" and {len(given) - 32} more" if len(given) > 32 else ""
+    return f"observation key {key!r} is missing; robot {robot.name!r} expects it, given were {given[:32]}{more}"
 
 
 def _refuse_unknown_cameras(values: Mapping[str, Any], robot: Robot) -> None:
@@ -97,7 +99,7 @@ def _refuse_unknown_cameras(values: Mapping[str, Any], robot: Robot) -> None:
 def _frame(value: Any, camera: Camera) -> NDArray[np.uint8]:
     """uint8 [H, W, 3]; a float image in [0, 1] is scaled and truncated as in openpi ``policies/droid_policy.py``."""
     where = f"observation key {camera.key!r}"
-    image = np.asarray(value)
+    image = _array(value, where, "an image")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"{where} is {image.dtype} {list(image.shape)}, expected an image, uint8 or float in [0, 1]")
     first = image.ndim == 3 and image.shape[0] == 3
@@ -117,9 +119,22 @@ def _frame(value: Any, camera: Camera) -> NDArray[np.uint8]:
     return image.transpose(1, 2, 0) if is_chw else image
 
 
+def _array(value: Any, where: str, expected: str) -> NDArray[Any]:
+    """As numpy makes it, except of lists with text: there the longest entry would set the size of all."""
+    if isinstance(value, (list, tuple)) and _holds_text(value):
+        raise ValueError(f"{where} is a list that holds text, expected {expected}")
+    return np.asarray(value)
+
+
+def _holds_text(values: list[Any] | tuple[Any, ...]) -> bool:
+    return any(
+        _holds_text(value) if isinstance(value, (list, tuple)) else isinstance(value, (str, bytes)) for value in values
+    )
+
+
 def _numbers(value: Any, part: StatePart) -> NDArray[np.float64]:
     where = f"observation key {part.key!r}"
-    numbers = np.asarray(value)
+    numbers = _array(value, where, f"{part.size} real numbers")
     if not (np.issubdtype(numbers.dtype, np.floating) or np.issubdtype(numbers.dtype, np.integer)):
         raise ValueError(f"{where} is {numbers.dtype}, expected {part.size} real numbers")
     if part.size == 1 and numbers.ndim == 0:

@@ -71,8 +71,8 @@ class Recorder:
             return self._drop("the disk does not keep up")
         try:
             item = encode_record(record)
-        except ValueError as error:
-            return self._drop(str(error))
+        except Exception as error:  # a caller's map may change while it is read, for one
+            return self._drop(f"{type(error).__name__}: {error}")
         with self._lock:
             if self._closed:
                 return self._drop("the recorder is closed")

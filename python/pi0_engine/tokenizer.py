@@ -156,7 +156,7 @@ class Tokenizer:
         found = [self._encoder.bos_id, *(token for part in parts for token in self._encoder.encode(part))]
         length = self.config.token_capacity
         if len(found) > length:
-            logger.warning("the prompt has %d tokens and is cut to %d: %r", len(found), length, "".join(parts))
+            logger.warning("the prompt has %d tokens and is cut to %d: %.200r", len(found), length, "".join(parts))
         found = found[:length]
         if max(found) >= self._model_vocab_size:
             raise ValueError(

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 #: Beside the observation's keys: what is asked of a pi0-engine server.
 _KEY = "pi0_engine"
 #: A server is trusted more than its clients are: metadata may hold whatever its operator put there.
-_LIMITS = Limits(depth=16, containers=10_000, length=100_000)
+_LIMITS = Limits(depth=16, containers=10_000, length=100_000, key=100_000)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 
 

@@ -113,7 +113,8 @@ class Serve:
             return 0
         if self.fleet != FleetOptions():
             raise ValueError("--replicas, --autoscale and --cpus-per-replica are options of a fleet: give --ray too")
-        load, record = partial(self._load, get_robot(self.robot), self._rtc()), self._recorder if self.record else None
+        load = partial(self._load, get_robot(self.robot), self._rtc())
+        record = None if self.record is None else self._recorder
         service = Service(load, self._sessions(), record=record)
         server = PolicyServer(service, options, on_ready=_say_ready)
         asyncio.run(_until_signalled(server))
@@ -136,7 +137,7 @@ class Serve:
         )
 
     def _keys(self) -> Keys:
-        return Keys.read(self.api_key_file) if self.api_key_file else Keys()
+        return Keys() if self.api_key_file is None else Keys.read(self.api_key_file)
 
     def _sessions(self) -> ServiceOptions:
         return ServiceOptions(self.max_sessions, self.max_waiting, self.seed, _metadata(self.metadata))

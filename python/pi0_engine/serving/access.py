@@ -6,7 +6,9 @@ import hmac
 import ipaddress
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ class Keys:
     The scheme is openpi's: ``Authorization: Api-Key KEY``.
     """
 
-    keys: tuple[bytes, ...] = ()
+    keys: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def read(cls, path: str | Path) -> Keys:
@@ -31,7 +33,7 @@ class Keys:
             ValueError: a file that cannot be read or holds no key.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # an editor's byte order mark is not part of a key
             others_may_read = os.stat(path).st_mode & 0o077
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read the API keys: {error}") from error
@@ -52,6 +54,22 @@ class Keys:
         given = (authorization or "").removeprefix(_SCHEME).encode("utf-8", "surrogateescape")
         fits = [hmac.compare_digest(given, key) for key in self.keys]
         return any(fits) and (authorization or "").startswith(_SCHEME)
+
+
+def refusal(keys: Keys, authorizations: Sequence[str], *, from_web_page: bool) -> tuple[HTTPStatus, str] | None:
+    """Why a request is not served, as an HTTP status and a sentence; None serves it.
+
+    Args:
+        keys: of the server.
+        authorizations: the values of all its Authorization headers.
+        from_web_page: whether it has an Origin header, as browsers send: any page that is open on this machine could
+            otherwise use a server that listens to this machine only.
+    """
+    if not keys.admit(authorizations[0] if len(authorizations) == 1 else None):
+        return HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Api-Key KEY'\n"
+    if not keys.keys and from_web_page:
+        return HTTPStatus.FORBIDDEN, "a web page needs a server with API keys\n"
+    return None
 
 
 def check_exposure(host: str, keys: Keys, *, allow_unauthenticated: bool) -> None:

@@ -48,7 +48,7 @@ class Responder:
 
     def _check_turn(self, job: Job, queue_ms: float) -> None:
         """Is the answer still wanted, now that the engine is free?"""
-        _check_epoch(job)
+        job.check_epoch()
         deadline_ms = job.request.deadline_ms
         if deadline_ms is not None and queue_ms >= deadline_ms:
             self._metrics.deadline(met=False)
@@ -79,7 +79,7 @@ class Responder:
             code = error.code if isinstance(error, GuardViolation) else "not_finite"
             self._record(job, {"error": {"code": code, "message": str(error)}}, **record)
             raise Refusal(code, str(error)) from error
-        _check_epoch(job)
+        job.check_epoch()
         sequence = session.next_sequence()
         episode.remember(sequence, report.actions)
         reply: dict[str, Any] = {
@@ -152,8 +152,3 @@ class Responder:
         if session.delay is not None:
             session.delay.add(1e-3 * total_ms)
         self._metrics.answered(total_s=1e-3 * total_ms, infer_s=1e-3 * infer_ms, queue_s=1e-3 * queue_ms)
-
-
-def _check_epoch(job: Job) -> None:
-    if job.episode is not job.session.episode:
-        raise Refusal("superseded", "the session was reset meanwhile")

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
-from pi0_engine.serving.access import Keys
+from pi0_engine.serving.access import Keys, refusal
 from pi0_engine.serving.conversation import converse
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.service import Service
@@ -99,8 +99,8 @@ class Application:
 
     def _refused(self, scope: MutableMapping[str, Any]) -> tuple[HTTPStatus, str] | None:
         """Why the websocket is not opened; None opens it."""
-        if not self._admitted(scope):
-            return HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Api-Key KEY'\n"
+        if (stranger := self._stranger(scope)) is not None:
+            return stranger
         if self._service.broken.done():
             return HTTPStatus.SERVICE_UNAVAILABLE, "inference does not work any more\n"
         if not self._service.has_room:
@@ -116,8 +116,8 @@ class Application:
             ready = self._service.is_ready
             status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
             await _respond(send, status, "ready\n" if ready else "not ready\n")
-        elif not self._admitted(scope):
-            await _respond(send, HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Api-Key KEY'\n")
+        elif (stranger := self._stranger(scope)) is not None:
+            await _respond(send, *stranger)
         elif path == "/metrics":
             try:
                 kind, body = await self._exposition()
@@ -131,12 +131,16 @@ class Application:
         else:
             await _respond(send, HTTPStatus.UPGRADE_REQUIRED, "expected a websocket\n")
 
-    def _admitted(self, scope: MutableMapping[str, Any]) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        admitted = self._keys.admit(given[0].decode("utf-8", "surrogateescape") if len(given) == 1 else None)
-        if not admitted:
+    def _stranger(self, scope: MutableMapping[str, Any]) -> tuple[HTTPStatus, str] | None:
+        """Why the client may not come in; None lets it in."""
+        given = [
+            value.decode("utf-8", "surrogateescape") for name, value in scope["headers"] if name == b"authorization"
+        ]
+        from_web_page = any(name == b"origin" for name, _ in scope["headers"])
+        refused = refusal(self._keys, given, from_web_page=from_web_page)
+        if refused is not None:
             self._service.metrics.refused("unauthorized")
-        return admitted
+        return refused
 
 
 class _Connection:

@@ -58,9 +58,17 @@ async def converse(transport: Transport, service: Service) -> None:
 
 async def _answer(transport: Transport, service: Service, session: Session, message: bytes | str) -> None:
     try:
-        reply: bytes | str = await asyncio.wrap_future(service.submit(session, message))
+        job = service.submit(session, message)
+        reply: bytes | str = await asyncio.wrap_future(job.answer)
+        if job.request.observation is not None:
+            job.check_epoch()  # a reset may have been answered while this was on its way from the thread
     except Refusal as refusal:
         service.metrics.refused(refusal.code)
         log.info("session %s: %s", session.name, refusal)
         reply = refusal.to_json()
+    except Exception:
+        log.exception("session %s: a message could not be answered", session.name)
+        failed = Refusal("inference_failed", "an error inside the server; its log says more")
+        service.metrics.refused(failed.code)
+        reply = failed.to_json()
     await transport.send(reply)

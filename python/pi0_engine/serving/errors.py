@@ -27,6 +27,10 @@ CODES: Mapping[str, str] = MappingProxyType(
 )
 
 
+#: Characters of a message. It may name what a client sent, and that may be long.
+_LENGTH = 1000
+
+
 class Refusal(Exception):
     """A message that gets an error reply.
 
@@ -38,6 +42,7 @@ class Refusal(Exception):
 
     def __init__(self, code: str, message: str, request: int | str | None = None) -> None:
         assert code in CODES, code
+        message = message if len(message) <= _LENGTH else f"{message[: _LENGTH - 3]}..."
         super().__init__(f"{code}: {message}")
         self.code, self.message, self.request = code, message, request
 

@@ -16,8 +16,13 @@ from typing import Any
 from pi0_engine.observation import Observation, read_observation
 from pi0_engine.robots import Robot
 from pi0_engine.serving.errors import Refusal
-from pi0_engine.serving.wire import unpackb
+from pi0_engine.serving.wire import short, unpackb
 
+#: What the server says of itself in its metadata: not for others to say.
+SERVER_KEYS = frozenset(
+    {"server", "version", "protocol", "robot", "model", "control_hz", "prompt", "action_horizon", "action_dim"}
+    | {"state_dim", "state_keys", "cameras", "rtc", "guards", "session", "epoch"}
+)
 #: Of the keys below, and of what the metadata and replies hold.
 PROTOCOL = 1
 #: Where the client's requests are in the observation map.
@@ -138,7 +143,7 @@ class _Asked:
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
-            raise ValueError(f"{where} is {_short(data)}, expected a map")
+            raise ValueError(f"{where} is {short(data)}, expected a map")
         self._data, self._where, self._read = data, where, set[str]()
 
     def get(self, key: str, kinds: type | tuple[type, ...]) -> Any:
@@ -146,7 +151,7 @@ class _Asked:
         value = self._data.get(key)
         # bool is an int in Python, never on the wire.
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
-            raise ValueError(f"{self._where}.{key} is {_short(value)}, expected {_KINDS[kinds]}")
+            raise ValueError(f"{self._where}.{key} is {short(value)}, expected {_KINDS[kinds]}")
         return value
 
     def count(self, key: str, most: int = 1_000_000) -> int | None:
@@ -164,7 +169,7 @@ class _Asked:
     def done(self) -> None:
         unknown = sorted(set(self._data) - self._read)
         if unknown:
-            raise ValueError(f"{self._where} has the keys {_short(unknown)}, expected some of {sorted(self._read)}")
+            raise ValueError(f"{self._where} has the keys {short(unknown)}, expected some of {sorted(self._read)}")
 
 
 _KINDS: dict[Any, str] = {
@@ -174,11 +179,6 @@ _KINDS: dict[Any, str] = {
     (int, float): "a number",
     (int, str): "a number or text",
 }
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def describe(robot: Robot, model: str, horizon: int) -> dict[str, Any]:

@@ -34,6 +34,11 @@ class Job:
         """Since receipt."""
         return 1e3 * (time.perf_counter() - self.received)
 
+    def check_epoch(self) -> None:
+        """Raises :class:`Refusal`: the session has been reset since the request came."""
+        if self.episode is not self.session.episode:
+            raise Refusal("superseded", "the session was reset meanwhile", self.request.name)
+
     def finish(self, reply: bytes) -> None:
         with suppress(InvalidStateError):  # whoever waited for it has gone
             self.answer.set_result(reply)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,19 +14,24 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from pi0_engine.serving.access import Keys, check_exposure
+from pi0_engine.serving.access import Keys, check_exposure, refusal
 from pi0_engine.serving.conversation import converse
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.service import Service
 
 log = logging.getLogger(__name__)
+#: What websockets says. Its versions before 17 print a traceback for every scanner that knocks.
+_handshakes = logging.getLogger(f"{__name__}.websockets")
+_handshakes.addFilter(lambda record: record.msg != "opening handshake failed")
 
 #: A client that does not answer a ping for so long has gone, or is too slow to be of use: seconds.
 _PING_S = 10
 #: From the first byte of a connection to its handshake: seconds.
 _OPEN_S = 5
+#: Parts of one message. Empty ones count nothing towards its size, and not every version of websockets limits them.
+_FRAGMENTS = 4096
 #: Close codes of RFC 6455.
-_GOING_AWAY, _TRY_AGAIN_LATER, _INTERNAL_ERROR = 1001, 1013, 1011
+_GOING_AWAY, _TOO_BIG, _TRY_AGAIN_LATER, _INTERNAL_ERROR = 1001, 1009, 1013, 1011
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class ServerOptions:
             raise ValueError(f"port is {self.port}, expected 0 to 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("expected both --tls-cert and --tls-key, or neither")
-        if not self.max_message_mb > 0 or not self.drain_s >= 0:
+        if not 0 < self.max_message_mb < math.inf or not 0 <= self.drain_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_message_mb is {self.max_message_mb}, drain_s {self.drain_s}: expected above 0")
 
     def tls(self) -> ssl.SSLContext | None:
@@ -64,7 +71,8 @@ class ServerOptions:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.tls_cert, self.tls_key)
+            # An encrypted key is refused: a server does not sit and ask its terminal.
+            context.load_cert_chain(self.tls_cert, self.tls_key, password="")
         except (OSError, ssl.SSLError) as error:
             raise ValueError(f"cannot use {self.tls_cert} with {self.tls_key}: {error}") from error
         return context
@@ -103,6 +111,7 @@ class PolicyServer:
                 self.options.port,
                 process_request=self._http,
                 ssl=tls,
+                **({} if tls is None else {"ssl_handshake_timeout": _OPEN_S, "ssl_shutdown_timeout": 1}),
                 compression=None,  # as openpi: camera frames do not get smaller, only later
                 max_size=int(self.options.max_message_mb * 1e6),
                 max_queue=1,  # newer messages stay in the socket's buffer
@@ -111,6 +120,7 @@ class PolicyServer:
                 ping_timeout=_PING_S,
                 close_timeout=1,
                 server_header=None,
+                logger=_handshakes,
             )
         except OSError as error:
             raise ValueError(f"cannot listen on {self.options.host}:{self.options.port}: {error}") from error
@@ -176,9 +186,11 @@ class PolicyServer:
             ready = self.service.is_ready
             status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "ready\n" if ready else "not ready\n")
-        if not self.options.keys.admit(request.headers.get("Authorization")):
+        headers = request.headers
+        refused = refusal(self.options.keys, headers.get_all("Authorization"), from_web_page="Origin" in headers)
+        if refused is not None:
             self.service.metrics.refused("unauthorized")
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Api-Key KEY'\n")
+            return connection.respond(*refused)
         if path == "/metrics":
             kind, body = self.service.metrics.exposition()
             response = connection.respond(HTTPStatus.OK, body.decode())
@@ -201,10 +213,16 @@ class _Websocket:
         self._connection, self._closed = connection, ConnectionClosed
 
     async def receive(self) -> bytes | str | None:
+        fragments: list[Any] = []
         try:
-            message: bytes | str = await self._connection.recv()
+            async for fragment in self._connection.recv_streaming():
+                fragments.append(fragment)
+                if len(fragments) > _FRAGMENTS:
+                    await self._connection.close(_TOO_BIG, f"a message of more than {_FRAGMENTS} fragments")
+                    return None
         except self._closed:
             return None
+        message: bytes | str = fragments[0][:0].join(fragments)  # text or bytes; one alone is not copied
         return message
 
     async def send(self, message: bytes | str) -> None:

@@ -14,7 +14,7 @@ from pi0_engine.recording import Recorder
 from pi0_engine.serving.answer import Responder
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.metrics import Metrics
-from pi0_engine.serving.protocol import describe, read_request
+from pi0_engine.serving.protocol import SERVER_KEYS, describe, read_request
 from pi0_engine.serving.queue import Job, JobQueue
 from pi0_engine.serving.session import Session
 from pi0_engine.serving.wire import packb
@@ -41,6 +41,12 @@ class ServiceOptions:
         for name in ("max_sessions", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if taken := sorted(SERVER_KEYS & self.metadata.keys()):
+            raise ValueError(f"the metadata has the keys {taken}, which the server says itself")
+        try:
+            packb(self.metadata)
+        except ValueError as error:
+            raise ValueError(f"the metadata {error}") from error
 
 
 class Service:
@@ -127,8 +133,8 @@ class Service:
             }
         )
 
-    def submit(self, session: Session, data: bytes | str) -> Future[bytes]:
-        """Take a message; the future gets the reply, or a :class:`Refusal`.
+    def submit(self, session: Session, data: bytes | str) -> Job:
+        """Take a message; the job's ``answer`` gets the reply, or a :class:`Refusal`.
 
         Raises:
             Refusal: at once, for a message that cannot be used or a full queue.
@@ -136,7 +142,7 @@ class Service:
         received = time.perf_counter()
         request = read_request(data, self._policy.transform.robot)
         if request.reset:
-            session.reset()
+            session.reset(request.seed)
             self._queue.drop(session, "the session was reset")
         job = Job(session, request, session.episode, received)
         if request.observation is not None:
@@ -144,7 +150,7 @@ class Service:
         else:
             name = {} if request.name is None else {"request": request.name}
             job.finish(packb({"reset": True, "session": session.describe(), **name}))
-        return job.answer
+        return job
 
     def stop(self) -> None:
         """Take no more requests; what waits is still answered."""

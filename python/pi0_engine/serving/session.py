@@ -63,9 +63,10 @@ class Session:
         self.delay = None if control_hz is None else DelayEstimator(control_hz)
         self.total_ms: float | None = None
 
-    def reset(self) -> None:
-        """Begin a new episode. The noise goes on where it was."""
-        self.episode = Episode(self.episode.epoch + 1, self.episode.rng)
+    def reset(self, seed: int | None = None) -> None:
+        """Begin a new episode. Without a seed the noise goes on where it was."""
+        rng = self.episode.rng if seed is None else np.random.default_rng(seed)
+        self.episode = Episode(self.episode.epoch + 1, rng)
 
     def next_sequence(self) -> int:
         self.sequence = next(self._sequences)

@@ -9,6 +9,7 @@ without objects, and an array's bytes must be exactly what its shape and dtype s
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,14 @@ class Limits:
         depth: maps and lists inside each other.
         containers: maps, lists and arrays in all.
         length: entries of one map or list.
+        key: characters of a map's key; keys inside each other are joined, so long ones would multiply.
         axes: of an array.
     """
 
     depth: int = 8
-    containers: int = 1024
+    containers: int = 256
     length: int = 256
+    key: int = 128
     axes: int = 5
 
 
@@ -109,6 +112,8 @@ class _Reader:
         for key in values:
             if not isinstance(key, str):
                 raise ValueError(f"a map has the key {key[:40]!r}, expected text")
+            if len(key) > self._limits.key:
+                raise ValueError(f"a map has a key of {len(key)} characters, expected at most {self._limits.key}")
         return values
 
     def _count(self) -> None:
@@ -124,7 +129,7 @@ def _array(values: dict[Any, Any], most_axes: int) -> NDArray[Any]:
     if not isinstance(data, bytes):
         raise ValueError(f"an array's data is {type(data).__name__}, expected bytes")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > most_axes:
-        raise ValueError(f"an array's shape is {_short(shape)}, expected at most {most_axes} sizes of 0 or more")
+        raise ValueError(f"an array's shape is {short(shape)}, expected at most {most_axes} sizes of 0 or more")
     needed = math.prod(shape) * dtype.itemsize
     if needed != len(data):
         raise ValueError(f"an array has {len(data)} bytes, expected {needed} for {dtype.str} {shape}")
@@ -142,14 +147,14 @@ def _scalar(values: dict[Any, Any]) -> np.generic:
     try:
         number: np.generic = dtype.type(data)
     except (OverflowError, ValueError) as error:
-        raise ValueError(f"{_short(data)} is not a number of {dtype.str}") from error
+        raise ValueError(f"{short(data)} is not a number of {dtype.str}") from error
     return number
 
 
 def _dtype(name: Any) -> np.dtype[Any]:
     dtype = _DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise ValueError(f"an array's dtype is {_short(name)}, expected one of {sorted(_DTYPES)}")
+        raise ValueError(f"an array's dtype is {short(name)}, expected one of {sorted(_DTYPES)}")
     return dtype
 
 
@@ -181,12 +186,24 @@ def _refuse_extension(code: int, data: bytes) -> None:
 
 
 def _names(keys: Any) -> list[str]:
-    return sorted(_short(key) for key in keys)
+    return sorted(short(key) for key in keys)
 
 
-def _short(value: Any) -> str:
-    """For an error message: a hostile value may be long."""
-    text = repr(value)
+class _Short(reprlib.Repr):
+    """Looks at the beginning of a value only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+        self.maxlist = 12
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(value[:60])
+
+
+def short(value: Any) -> str:
+    """For an error message: a hostile value may be long, and so may be what is in it."""
+    text = _Short().repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

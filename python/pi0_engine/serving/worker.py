@@ -66,7 +66,9 @@ class Worker:
             job.finish(responder.answer(job))
         except Refusal as refusal:
             job.refuse(refusal.code, refusal.message)
-        except Exception:
+            if refusal.code == "not_finite":
+                self._examine(responder.policy)
+        except BaseException:  # whatever it is, this thread must go on, or say that it cannot
             log.exception("session %s: inference failed", job.session.name)
             job.refuse("inference_failed", "an error inside the server; its log says more")
             self._examine(responder.policy)
@@ -75,7 +77,7 @@ class Worker:
         """After a failure: is the policy still able to answer?"""
         try:
             _check(policy)
-        except Exception as error:
+        except BaseException as error:
             log.exception("the policy fails on an observation of zeros too")
             if not self.broken.done():
                 self.broken.set_result(f"inference does not work any more: {error}")
