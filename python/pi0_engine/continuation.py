@@ -50,6 +50,8 @@ def continue_chunks(
     Raises:
         ValueError: actions of another robot.
     """
+    if rtc.mode == "guided" and all(leftover is None for leftover in leftovers):
+        return None, [{"used": False, "delay": 0, "leftover": 0} for _ in leftovers]
     lengths = [0 if leftover is None else min(len(leftover), horizon) for leftover in leftovers]
     delays = [min(leftover.delay, n) if leftover else 0 for leftover, n in zip(leftovers, lengths, strict=True)]
     previous = torch.from_numpy(_encode(leftovers, lengths, transform, context, horizon))

@@ -211,10 +211,11 @@ class ObservationTransform:
     ) -> NDArray[np.float32]:
         size = self.config.vision.image_size
         present = [frame for row in frames for frame in row]
-        images = np.zeros((*masks.shape, size, size, 3), np.float32)
+        shape = *masks.shape, size, size, 3
         if masks.all():
-            self.preprocess_frames(present, out=images.reshape(-1, size, size, 3))
-        elif present:
+            return self.preprocess_frames(present).reshape(shape)
+        images = np.zeros(shape, np.float32)
+        if present:
             images[masks] = self.preprocess_frames(present)
         return images
 
