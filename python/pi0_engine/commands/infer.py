@@ -12,10 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from pi0_engine.commands.options import Backend, Dtype, ModelOptions, print_json, show_progress, table
 from pi0_engine.config import EngineConfig
-from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.robots import Camera, Robot, get_robot
-from pi0_engine.tokenizer_files import demo_tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,15 +85,13 @@ class Infer:
         return 0
 
     def _policy(self, robot: Robot) -> Pi0Policy:
-        is_random = self.model.random_weights is not None  # no files of its own: the demo's tokenizer, no statistics
-        return Pi0Policy.from_checkpoint(
-            self.model.open(),
-            robot=robot,
-            engine=EngineConfig(
+        return self.model.policy(
+            robot,
+            EngineConfig(
                 device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
             ),
-            tokenizer=self.tokenizer or (demo_tokenizer() if is_random else None),
-            norm_stats=self.norm_stats or (NormStats.identity() if is_random else None),
+            tokenizer=self.tokenizer,
+            norm_stats=self.norm_stats,
             asset_id=self.asset_id,
             progress=show_progress(self.json),
         )

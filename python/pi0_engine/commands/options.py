@@ -11,8 +11,13 @@ import torch
 import tyro
 
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
-from pi0_engine.config import AttentionName, BackendName, DtypeName, Pi0Config
+from pi0_engine.config import AttentionName, BackendName, DtypeName, EngineConfig, Pi0Config
+from pi0_engine.normalization import NormStats
+from pi0_engine.policy import DEFAULT_RTC, Pi0Policy
 from pi0_engine.random_weights import RandomCheckpoint
+from pi0_engine.robots import Robot
+from pi0_engine.rtc import RtcConfig
+from pi0_engine.tokenizer_files import demo_tokenizer
 
 Attention = AttentionName
 Backend = BackendName
@@ -50,6 +55,30 @@ class ModelOptions:
         if config is None or self.random_weights is None:
             raise ValueError("--random-weights needs --config: 'pi0', 'pi05' or a JSON file")
         return RandomCheckpoint(config, self.random_weights, dtype)
+
+    def policy(
+        self,
+        robot: Robot,
+        engine: EngineConfig,
+        *,
+        tokenizer: str | None,
+        norm_stats: str | None,
+        asset_id: str | None,
+        rtc: RtcConfig = DEFAULT_RTC,
+        progress: bool = False,
+    ) -> Pi0Policy:
+        """The model behind a robot. Random weights have no files: they get the demo's tokenizer and no statistics."""
+        is_random = self.random_weights is not None
+        return Pi0Policy.from_checkpoint(
+            self.open(),
+            robot=robot,
+            engine=engine,
+            tokenizer=tokenizer or (demo_tokenizer() if is_random else None),
+            norm_stats=norm_stats or (NormStats.identity() if is_random else None),
+            asset_id=asset_id,
+            rtc=rtc,
+            progress=progress,
+        )
 
 
 def print_json(data: Any) -> None:

@@ -15,7 +15,6 @@ import tyro
 
 from pi0_engine.commands.options import Backend, Dtype, ModelOptions, show_progress
 from pi0_engine.config import EngineConfig
-from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.recording import Recorder, describe_policy
 from pi0_engine.robots import Robot, get_robot
@@ -26,7 +25,6 @@ from pi0_engine.serving.ray_app import ReplicaOptions
 from pi0_engine.serving.ray_run import run_fleet
 from pi0_engine.serving.server import PolicyServer, ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
-from pi0_engine.tokenizer_files import demo_tokenizer
 
 
 @dataclass(frozen=True)
@@ -146,15 +144,13 @@ class Serve:
         return RtcConfig(self.rtc_mode, self.rtc_schedule, self.rtc_execution_horizon, self.rtc_max_guidance_weight)
 
     def _load(self, robot: Robot, rtc: RtcConfig) -> Pi0Policy:
-        is_random = self.model.random_weights is not None  # no files of its own: the demo's tokenizer, no statistics
-        return Pi0Policy.from_checkpoint(
-            self.model.open(),
-            robot=robot,
-            engine=EngineConfig(
+        return self.model.policy(
+            robot,
+            EngineConfig(
                 device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
             ),
-            tokenizer=self.tokenizer or (demo_tokenizer() if is_random else None),
-            norm_stats=self.norm_stats or (NormStats.identity() if is_random else None),
+            tokenizer=self.tokenizer,
+            norm_stats=self.norm_stats,
             asset_id=self.asset_id,
             rtc=rtc,
             progress=show_progress(False),
