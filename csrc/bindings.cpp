@@ -43,19 +43,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "resize_with_pad",
-      [](const Frames& frames, Floats out, int threads) {
-        require(out.ndim() == 4 && out.shape(0) == static_cast<py::ssize_t>(frames.size()) &&
-                    out.shape(1) == out.shape(2) && out.shape(3) == 3 && is_side(out.shape(1)),
-                "resize_with_pad", "out must be float32 [number of frames, size, size, 3]");
+      [](const Frames& frames, int size, int patch, Floats out, int threads) {
+        require(is_side(size) && patch >= 1 && size % patch == 0, "resize_with_pad",
+                "size must be " + sides + " and patch divide it");
+        const py::ssize_t values = 3 * static_cast<py::ssize_t>(size) * size;
+        require(out.size() == values * static_cast<py::ssize_t>(frames.size()), "resize_with_pad",
+                "out must have 3 * size^2 values for each frame");
         require(threads >= 1, "resize_with_pad", "threads must be at least 1");
         const std::vector<pi0::FrameView> views = views_of(frames, "resize_with_pad");
         float* target = out.mutable_data();
-        const int size = static_cast<int>(out.shape(1));
         py::gil_scoped_release unlocked;  // `frames` and `out` are held by the arguments until the lock is back
-        pi0::resize_with_pad(views, size, target, threads);
+        pi0::resize_with_pad(views, size, patch, target, threads);
       },
-      py::arg("frames"), py::arg("out").noconvert(), py::arg("threads"),
-      "uint8 RGB frames [H, W, 3] of any sizes and strides -> out, float32 [N, size, size, 3] in [-1, 1].");
+      py::arg("frames"), py::arg("size"), py::arg("patch"), py::arg("out").noconvert(), py::arg("threads"),
+      "uint8 RGB frames [H, W, 3] of any sizes and strides -> out, float32 [N, (size / patch)^2, patch, patch, 3] in "
+      "[-1, 1], of any shape with so many values.");
 
   m.def(
       "packed_size",

@@ -17,26 +17,37 @@ constexpr std::int64_t kPixelsPerThread = 100'000;
 // What to do for one frame, decided before any pixel is touched.
 struct Job {
   FrameView frame;
-  float* out;  // [size, size, 3]
-  int size;
+  float* out;  // [(size / patch)^2, patch, patch, 3]
+  int size, patch;
   Placement picture;
   Axis rows, columns;
 
-  Job(const FrameView& source, int side, float* target)
+  Job(const FrameView& source, int square, int side, float* target)
       : frame(source),
         out(target),
-        size(side),
-        picture(Placement::of(source.height, source.width, side)),
+        size(square),
+        patch(side),
+        picture(Placement::of(source.height, source.width, square)),
         rows(bilinear_axis(source.height, picture.height)),
         columns(bilinear_axis(source.width, picture.width)) {}
+
+  // Row y of the picture, [size, 3], to its places in the patches.
+  void write_row(int y, const float* row) const {
+    const std::ptrdiff_t length = 3 * static_cast<std::ptrdiff_t>(patch);
+    float* target = out + (static_cast<std::ptrdiff_t>(y / patch) * (size / patch) * patch + y % patch) * length;
+    for (int column = 0; column < size; column += patch, row += length, target += patch * length) {
+      std::copy(row, row + length, target);
+    }
+  }
 };
 
 // Working memory of one thread, large enough for every job, so that threads allocate nothing.
 struct Scratch {
   std::vector<std::uint8_t> ring;  // [longest, width, 3]: the horizontally resampled rows in use
   std::vector<std::int32_t> sums;  // [width, 3]
+  std::vector<float> row;          // [size, 3]
 
-  explicit Scratch(const std::vector<Job>& jobs) {
+  Scratch(const std::vector<Job>& jobs, int size) : row(3 * static_cast<std::size_t>(size)) {
     std::size_t rows = 0, length = 0;
     for (const Job& job : jobs) {
       rows = std::max(rows, 3 * static_cast<std::size_t>(job.picture.width) * job.rows.longest);
@@ -98,19 +109,22 @@ void convert_row(const FrameView& frame, int y, float* __restrict out) {
 // belong to the first band and those below to the last.
 void run_band(const Job& job, int band, int bands, Scratch& scratch) {
   const Placement& picture = job.picture;
-  const std::size_t pitch = 3 * static_cast<std::size_t>(job.size);
   const std::size_t left = 3 * static_cast<std::size_t>(picture.left);
   const std::size_t length = 3 * static_cast<std::size_t>(picture.width);
   const int begin = static_cast<int>(static_cast<std::int64_t>(picture.height) * band / bands);
   const int end = static_cast<int>(static_cast<std::int64_t>(picture.height) * (band + 1) / bands);
-  if (band == 0) std::fill(job.out, job.out + picture.top * pitch, -1.0f);
-  if (band == bands - 1) std::fill(job.out + (picture.top + picture.height) * pitch, job.out + job.size * pitch, -1.0f);
-
+  std::vector<float>& row = scratch.row;  // complete before it is written: the patches are visited once
   if (job.frame.height == job.size && job.frame.width == job.size) {
-    for (int y = begin; y < end; ++y) convert_row(job.frame, y, job.out + y * pitch);
+    for (int y = begin; y < end; ++y) {
+      convert_row(job.frame, y, row.data());
+      job.write_row(y, row.data());
+    }
     return;
   }
 
+  std::fill(row.begin(), row.end(), -1.0f);
+  for (int y = 0; band == 0 && y < picture.top; ++y) job.write_row(y, row.data());
+  for (int y = picture.top + picture.height; band == bands - 1 && y < job.size; ++y) job.write_row(y, row.data());
   int next = begin < end ? job.rows.windows[begin].first : 0;  // the next source row to resample horizontally
   for (int y = begin; y < end; ++y) {
     const Window& window = job.rows.windows[y];
@@ -121,25 +135,24 @@ void run_band(const Job& job, int band, int bands, Scratch& scratch) {
     std::fill(sums, sums + length, kHalf);
     for (int t = 0; t < window.count; ++t) {
       const std::int32_t weight = job.rows.weights[window.weights + t];
-      const std::uint8_t* row = &scratch.ring[(window.first + t) % job.rows.longest * length];
-      for (std::size_t i = 0; i < length; ++i) sums[i] += weight * row[i];
+      const std::uint8_t* source = &scratch.ring[(window.first + t) % job.rows.longest * length];
+      for (std::size_t i = 0; i < length; ++i) sums[i] += weight * source[i];
     }
-    float* out = job.out + (picture.top + y) * pitch;
-    std::fill(out, out + left, -1.0f);
-    for (std::size_t i = 0; i < length; ++i) out[left + i] = normalize(round_to_pixel(sums[i]));
-    std::fill(out + left + length, out + pitch, -1.0f);
+    float* pixels = row.data() + left;
+    for (std::size_t i = 0; i < length; ++i) pixels[i] = normalize(round_to_pixel(sums[i]));
+    job.write_row(picture.top + y, row.data());
   }
 }
 
 }  // namespace
 
-void resize_with_pad(const std::vector<FrameView>& frames, int size, float* out, int threads) {
+void resize_with_pad(const std::vector<FrameView>& frames, int size, int patch, float* out, int threads) {
   const std::int64_t area = static_cast<std::int64_t>(size) * size;
   std::vector<Job> jobs;
   jobs.reserve(frames.size());
   std::int64_t pixels = 0;
   for (const FrameView& frame : frames) {
-    jobs.emplace_back(frame, size, out + 3 * area * static_cast<std::int64_t>(jobs.size()));
+    jobs.emplace_back(frame, size, patch, out + 3 * area * static_cast<std::int64_t>(jobs.size()));
     pixels += static_cast<std::int64_t>(frame.height) * frame.width + area;
   }
 
@@ -147,7 +160,7 @@ void resize_with_pad(const std::vector<FrameView>& frames, int size, float* out,
   // with its neighbour itself), so there is nothing to wait for but the end.
   const auto useful = std::max<std::int64_t>(pixels / kPixelsPerThread, 1);
   const int bands = static_cast<int>(std::min<std::int64_t>(threads, useful));
-  std::vector<Scratch> scratch(bands, Scratch(jobs));
+  std::vector<Scratch> scratch(bands, Scratch(jobs, size));
   const auto run = [&](int band) {
     for (const Job& job : jobs) run_band(job, band, bands, scratch[band]);
   };

@@ -27,6 +27,7 @@ from pi0_engine.engine.stage_clock import StageClock
 from pi0_engine.engine.time_terms import StepTerms, TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.frames import staging_size
+from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.kernels.registry import Ops
 from pi0_engine.kernels.stream import Scratch
@@ -67,6 +68,7 @@ class Engine:
         self.device = resolve_device(self.engine_config.device)
         self.dtype, self.dtype_reason = resolve_dtype(self.engine_config.dtype, self.device)
         self.ops: Ops = choose_ops(self.engine_config, self.device)
+        self._resize = FramePreprocessor(size=self.config.vision.image_size)
         check_free_memory(self.config, self.dtype, self.device)
         with reporting_memory(self.device, "the weights"):
             self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
@@ -160,8 +162,8 @@ class Engine:
         return self._run("sample", session, plan, None, noise, continuation)
 
     @property
-    def takes_frames(self) -> bool:
-        """Whether the engine resizes frames better than its caller would: on a GPU, by our kernel."""
+    def resizes_on_gpu(self) -> bool:
+        """Whether frames are resized by our kernel, inside the graph, and not on the way there."""
         return any(choice.op == "frames_to_patches" and choice.implementation == "cuda" for choice in self.ops.choices)
 
     def warm_up(
@@ -185,7 +187,7 @@ class Engine:
         if not 1 <= views <= 4:
             raise ValueError(f"views is {views}, expected 1 to 4")
         lengths = range(1, self.config.token_capacity + 1)
-        frames = (1, 1) if self.takes_frames else None  # the least bucket
+        frames = (1, 1) if self.resizes_on_gpu else None  # the least bucket
         plans = list(
             dict.fromkeys(
                 self.plan(
@@ -238,7 +240,7 @@ class Engine:
                 freed, _ = self._sessions.popitem(last=False)
                 log.debug("freed %s", freed)
             with reporting_memory(self.device, f"the buffers of {plan}"):
-                self._sessions[plan] = Session(self.config, plan, self.dtype, self.device, self.scratch)
+                self._sessions[plan] = Session(self.config, plan, self.dtype, self.device, self.scratch, self._resize)
             megabytes = self._sessions[plan].space.arena.numel() / 1e6
             log.debug("new plan %s: %.1f MB of buffers", plan, megabytes)
         self._sessions.move_to_end(plan)
@@ -334,8 +336,8 @@ class Engine:
         )
 
     def _frame_room(self, inputs: ModelInputs) -> tuple[int, int] | None:
-        """Bytes and table entries that the frames take at most."""
-        if not inputs.frames:
+        """Bytes and table entries that the frames take at most, where a GPU resizes them."""
+        if not inputs.frames or not self.resizes_on_gpu:
             return None
         sides = [(frame.shape[0], frame.shape[1]) for row in inputs.frames for frame in row]
         return staging_size(sides, self.config.vision.image_size) if sides else None

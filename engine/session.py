@@ -12,6 +12,7 @@ from pi0_engine.engine.graph import CapturedGraph
 from pi0_engine.engine.guidance import Continuation, FixedPrefix, Guide
 from pi0_engine.engine.plan import ShapePlan, Workspace
 from pi0_engine.frames import FrameStaging
+from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.stream import Scratch
 
@@ -26,15 +27,24 @@ class Session:
     Inputs are written to host memory that the GPU can read by itself (pinned), and uploaded together; on a CPU they are
     written where they are used.
 
+    Args:
+        resize: makes patches of frames, unless the plan says that the GPU does.
+
     Attributes:
         space: the plan's buffers.
         graphs: captured graphs by what they run and the number of flow steps.
     """
 
     def __init__(
-        self, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, device: torch.device, scratch: Scratch
+        self,
+        config: Pi0Config,
+        plan: ShapePlan,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Scratch,
+        resize: FramePreprocessor,
     ) -> None:
-        self.plan, self._config = plan, config
+        self.plan, self._config, self._resize = plan, config, resize
         self.space = Workspace(config, plan, dtype, device, scratch)
         # Lengths that a capture may run with before the first inference.
         self.space.set_lengths(torch.full((plan.batch,), plan.prefix))
@@ -76,15 +86,19 @@ class Session:
     def _load_cameras(self, inputs: ModelInputs) -> None:
         if self.plan.images == 0:
             return
-        if inputs.frames is not None:
-            used = self._frames.pack([frame for row in inputs.frames for frame in row])
+        frames = [frame for row in inputs.frames or () for frame in row]
+        if self.plan.frames:
+            used = self._frames.pack(frames)
             self._upload("pixels", first=used.bytes)
             self._upload("table", first=used.ints)
             return
-        present = inputs.image_masks.nonzero().tolist()
-        every = self._staged["patches"].unflatten(0, (-1, self.plan.patches))
-        for (b, slot), patches in zip(present, every, strict=True):
-            cut_patches(inputs.pixels[b, slot], self._config.vision.patch_size, out=patches)
+        patch, every = self._config.vision.patch_size, self._staged["patches"].unflatten(0, (-1, self.plan.patches))
+        if frames:
+            self._resize.patches(frames, patch, every.numpy())
+        else:
+            present = inputs.image_masks.nonzero().tolist()
+            for (b, slot), patches in zip(present, every, strict=True):
+                cut_patches(inputs.pixels[b, slot], patch, out=patches)
         self._upload("patches")
 
     def load_noise(self, noise: Tensor, continuation: Continuation | None = None) -> None:

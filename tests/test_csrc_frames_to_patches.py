@@ -31,8 +31,12 @@ def by_resize_with_pad(frames: Frames, size: int, patch: int) -> npt.NDArray[np.
     from pi0_engine import _C
 
     images = np.empty((len(frames), size, size, 3), np.float32)
-    _C.resize_with_pad(frames, images, 1)
-    return into_patches(images, patch)
+    _C.resize_with_pad(frames, size, size, images, 1)
+    patches = into_patches(images, patch)
+    cut = np.full_like(patches, np.nan)
+    _C.resize_with_pad(frames, size, patch, cut, 2)
+    np.testing.assert_array_equal(cut, patches)
+    return patches
 
 
 def assert_same(frames: Frames, size: int, patch: int) -> None:

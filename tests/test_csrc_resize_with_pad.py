@@ -22,7 +22,14 @@ LEVEL = 2 / 255  # one uint8 level in [-1, 1]
 def compiled(frames: Any, out: Any, threads: int) -> None:
     from pi0_engine import _C
 
-    _C.resize_with_pad(frames, out, threads)
+    size = out.shape[2]
+    _C.resize_with_pad(frames, size, size, out, threads)
+
+
+def resize_to_patches(frames: Any, patch: int, out: Any) -> None:
+    from pi0_engine import _C
+
+    _C.resize_with_pad(frames, 8, patch, out, 1)
 
 
 def run(frames: list[npt.NDArray[np.uint8]], size: int = 224, threads: int = 2) -> npt.NDArray[np.float32]:
@@ -166,9 +173,9 @@ def test_other_python_threads_run_meanwhile() -> None:
         ([np.zeros((4, 4), np.uint8)], (1, 8, 8, 3), "uint8"),
         ([np.zeros((4, 4, 4), np.uint8)], (1, 8, 8, 3), "uint8"),
         ([np.zeros((0, 4, 3), np.uint8)], (1, 8, 8, 3), "side"),
-        ([np.zeros((4, 4, 3), np.uint8)], (2, 8, 8, 3), "out must be"),
-        ([np.zeros((4, 4, 3), np.uint8)], (1, 8, 9, 3), "out must be"),
-        ([np.zeros((4, 4, 3), np.uint8)], (1, 0, 0, 3), "out must be"),
+        ([np.zeros((4, 4, 3), np.uint8)], (2, 8, 8, 3), "out must have"),
+        ([np.zeros((4, 4, 3), np.uint8)], (1, 8, 9, 3), "out must have"),
+        ([np.zeros((4, 4, 3), np.uint8)], (1, 0, 0, 3), "size must be"),
         ([np.broadcast_to(np.zeros(3, np.uint8), (2**20 + 1, 1, 3))], (1, 8, 8, 3), "side"),
     ],
 )
@@ -186,6 +193,9 @@ def test_misused_out_and_threads_are_refused() -> None:
         compiled([frame], out.astype(np.float64), 1)
     with pytest.raises(TypeError):
         compiled([frame], np.zeros((1, 8, 8, 6), np.float32)[..., ::2], 1)
+    for patch in (0, 3, 16):
+        with pytest.raises(ValueError, match="patch divide it"):
+            resize_to_patches([frame], patch, out)
     out.flags.writeable = False
     with pytest.raises(ValueError, match="writeable"):
         compiled([frame], out, 1)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,12 +122,12 @@ def test_frames_give_what_their_resized_images_give(backend: str) -> None:
     for sides in ([(30, 40), (28, 28), (9, 5)], [(480, 640), (20, 100), (1, 1)], [(30, 40), (28, 28), (9, 5)]):
         frames = [textured_frame(*side) for side in sides]
         inputs, noise = random_inputs(PI0, masks, [3, 5]), random_noise(PI0, 2)
-        images = inputs.pixels.clone()
-        images[inputs.image_masks] = torch.from_numpy(preprocess(frames))
-        resized = dataclasses.replace(inputs, images=images)
         raw = dataclasses.replace(inputs, images=None, frames=(tuple(frames[:2]), tuple(frames[2:])))
+        resized = raw.resized(preprocess)
+        assert resized.frames is None
+        np.testing.assert_array_equal(resized.pixels[0, 2].numpy(), preprocess(frames)[1])
+        assert not resized.pixels[0, 1].any()
         assert torch.equal(running.infer(raw, noise).actions, running.infer(resized, noise).actions)
-    assert not running.takes_frames, "only a GPU resizes better than the caller"
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -17,7 +17,6 @@ from models import small_config
 from pi0_engine.config import EngineConfig, ModelType, Pi0Config
 from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.runtime import Engine
-from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import Normalizer, NormStats
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.random_weights import RandomCheckpoint
@@ -50,7 +49,6 @@ def policy(model_type: ModelType = "pi0", robot: str = "libero", **rtc: Any) -> 
         NormStats(state, actions, "a test"),
         load_tokenizer(demo_tokenizer(), config),
         config,
-        FramePreprocessor("pillow", size=config.vision.image_size),
     )
     return Pi0Policy(running(model_type), transform, rtc=RtcConfig(**rtc))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frames import RECORDED_SIZES, needs_extension, recorded
+from frames import RECORDED_SIZES, into_patches, needs_extension, recorded
 from pi0_engine.images import FramePreprocessor, resize_with_pad
 
 IMPLEMENTATIONS = [pytest.param("cpp", marks=needs_extension), "pillow"]
@@ -136,6 +136,23 @@ def test_no_frames() -> None:
 def test_wrong_out_is_named(implementation: Any, out: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FramePreprocessor(implementation, size=16)([noise(4, 5)], out)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("patch", [1, 4, 16])
+def test_patches_are_the_pictures_squares(implementation: Any, patch: int) -> None:
+    preprocess, frames = FramePreprocessor(implementation, size=16), [noise(20, 30), noise(16, 16), noise(30, 20)]
+    out = np.full((3, (16 // patch) ** 2, 3 * patch**2), np.nan, np.float32)
+    preprocess.patches(frames, patch, out)
+    np.testing.assert_array_equal(out, into_patches(preprocess(frames), patch))
+
+
+def test_patches_that_do_not_fit_are_refused() -> None:
+    preprocess, out = FramePreprocessor(size=16), np.zeros((1, 16, 48), np.float32)
+    with pytest.raises(ValueError, match="patch is 5, expected a divisor of 16"):
+        preprocess.patches([noise(4, 5)], 5, out)
+    with pytest.raises(ValueError, match=r"out is float32 \[1, 16, 48\], expected float32 \[1, 4, 192\]"):
+        preprocess.patches([noise(4, 5)], 8, out)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pi0_engine.config import CAMERA_SLOTS, Pi0Config
 from pi0_engine.guards import Guards
 from pi0_engine.robot_files import OPENPI_NAMES, robot_names
-from pi0_engine.robots import AlohaGripper, Camera, RangeMap, Robot, StatePart, bool_mask, get_robot
+from pi0_engine.robots import Camera, RangeMap, Robot, StatePart, bool_mask, get_robot
 
 DOCS = Path(__file__).parent.parent / "docs" / "robots.md"
 SAFETY = DOCS.with_name("safety.md")
@@ -134,7 +134,6 @@ def test_actions_go_to_model_units_and_back(name: str, seed: int) -> None:
 def test_a_range_map_is_linear_between_and_beyond() -> None:
     mapping = RangeMap((0,), robot=(0.0, 85.0), model=(1.0, 0.0))
     np.testing.assert_allclose(mapping.to_model(np.array([0.0, 42.5, 85.0, 170.0])), [1.0, 0.5, 0.0, -1.0], atol=1e-12)
-    np.testing.assert_allclose(mapping.to_robot(np.array([1.0, 0.0, -1.0])), [0.0, 85.0, 170.0], atol=1e-12)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -334,7 +333,3 @@ def test_unreadable_files_and_unknown_names(tmp_path: Path) -> None:
         get_robot(tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match=r"robot 'alhoa' is none of .* did you mean 'aloha'"):
         get_robot("alhoa")
-
-
-def test_the_gripper_linkage_is_a_map_of_the_state_only() -> None:
-    assert not hasattr(AlohaGripper((0,)), "to_robot")

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi0_engine.config import GemmaConfig, Pi0Config, SiglipConfig
-from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import Normalizer, NormStats
 from pi0_engine.robot_files import robot_names
 from pi0_engine.robots import Camera, Robot, StatePart, get_robot
@@ -20,7 +19,6 @@ from pi0_engine.tokenizer_files import demo_tokenizer
 from pi0_engine.transforms import ObservationTransform
 
 SIZE = 28
-FRAMES = FramePreprocessor("pillow", size=SIZE)
 
 
 def config(model_type: Any = "pi0", **changes: Any) -> Pi0Config:
@@ -46,7 +44,7 @@ def transform(
 ) -> ObservationTransform:
     cfg = cfg or config()
     tokenizer = load_tokenizer(demo_tokenizer(), cfg)
-    return ObservationTransform(get_robot(robot), stats or NormStats.identity(), tokenizer, cfg, FRAMES, **options)
+    return ObservationTransform(get_robot(robot), stats or NormStats.identity(), tokenizer, cfg, **options)
 
 
 def observe(robot: Robot, seed: int, absent: frozenset[str] = frozenset(), prompt: Any = "fold it") -> dict[str, Any]:
@@ -96,8 +94,7 @@ def test_aloha_observation_by_hand() -> None:
 
     assert inputs.image_masks.tolist() == [[True, True, True]]
     for slot, name in enumerate(("cam_high", "cam_left_wrist", "cam_right_wrist")):
-        pixels = observation["images"][name].transpose(1, 2, 0).astype(np.float32) / 255 * 2 - 1
-        np.testing.assert_allclose(inputs.images[0, slot].numpy(), pixels, atol=1e-6)
+        np.testing.assert_array_equal(inputs.frames[0][slot], observation["images"][name].transpose(1, 2, 0))
 
     ids, mask = side.tokenizer.encode_prompt("fold it")
     np.testing.assert_array_equal(inputs.tokens[0].numpy(), ids)
@@ -111,7 +108,7 @@ def test_droid_takes_a_scalar_gripper_and_masks_the_third_slot() -> None:
     inputs, context = transform(robot).prepare(observation)
     assert context.robot_state[0, 7] == 0.75
     assert inputs.image_masks.tolist() == [[True, True, False]]
-    assert not inputs.images[0, 2].any()
+    assert len(inputs.frames[0]) == 2
     np.testing.assert_allclose(inputs.state[0, :8].numpy(), context.robot_state[0], rtol=1e-6)
     assert not inputs.state[0, 8:].any()
 
@@ -156,9 +153,10 @@ def test_a_batch_is_its_observations(data: Any, model_type: str) -> None:
     assert inputs.batch == len(observations) == len(context.prompts)
     for index, observation in enumerate(observations):
         alone, _ = side.prepare(observation)
-        assert inputs.frames is alone.frames is None
+        assert len(inputs.frames[index]) == len(alone.frames[0])
+        assert all(map(np.array_equal, inputs.frames[index], alone.frames[0]))
         for field in dataclasses.fields(inputs):
-            if field.name != "frames":
+            if field.name not in ("images", "frames"):
                 assert torch.equal(getattr(inputs, field.name)[index], getattr(alone, field.name)[0]), field.name
         present = [f"cam_{name}" in observation["images"] for name in ("high", "left_wrist", "right_wrist")]
         assert inputs.image_masks[index].tolist() == present
@@ -249,11 +247,7 @@ def test_parts_that_do_not_fit_are_refused(caplog: pytest.LogCaptureFixture) -> 
     cfg = config()
     tokenizer = load_tokenizer(demo_tokenizer(), config("pi05"))
     with pytest.raises(ValueError, match="tokenizer was made for another config"):
-        ObservationTransform(droid, NormStats.identity(), tokenizer, cfg, FRAMES)
-    with pytest.raises(ValueError, match="resized to 224 pixels, the model takes 28"):
-        ObservationTransform(
-            droid, NormStats.identity(), load_tokenizer(demo_tokenizer(), cfg), cfg, FramePreprocessor("pillow")
-        )
+        ObservationTransform(droid, NormStats.identity(), tokenizer, cfg)
     assert not caplog.records
     aloha_stats = random_stats(get_robot("aloha"), 0)
     with caplog.at_level(logging.WARNING):
@@ -281,8 +275,7 @@ def test_four_views() -> None:
     inputs, _ = side.prepare(observation)
     inputs.validate(side.config)
     for index, slot in enumerate(slots):
-        pixels = observation[f"cam_{slot}"].astype(np.float32) / 255 * 2 - 1
-        np.testing.assert_allclose(inputs.images[0, index].numpy(), pixels, atol=1e-6)
+        np.testing.assert_array_equal(inputs.frames[0][index], observation[f"cam_{slot}"])
 
 
 def test_a_state_that_overflows_when_it_is_normalised() -> None:

@@ -3,7 +3,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-def resize_with_pad(frames: Sequence[npt.NDArray[np.uint8]], out: npt.NDArray[np.float32], threads: int) -> None: ...
+def resize_with_pad(
+    frames: Sequence[npt.NDArray[np.uint8]], size: int, patch: int, out: npt.NDArray[np.float32], threads: int
+) -> None: ...
 def packed_size(height: int, width: int, size: int) -> tuple[int, int]: ...
 def pack_frames(
     frames: Sequence[npt.NDArray[np.uint8]],

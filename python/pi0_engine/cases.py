@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pi0_engine.config import CAMERA_SLOTS, GemmaConfig, Pi0Config, SiglipConfig
+from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.reference import Pi0Reference
 
@@ -101,10 +102,14 @@ def load_case(path: str | Path) -> Case:
 
 
 def sample_reference(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int) -> Tensor:
-    """The reference's actions float32 [B, H, action_dim] on the CPU, for noise of that shape, on the model's device."""
+    """The reference's actions float32 [B, H, action_dim] on the CPU, for noise of that shape, on the model's device.
+
+    Frames are resized first.
+    """
     device = model.projector.weight.device
+    size = model.config.vision.image_size
     return model.sample_actions(
-        inputs.pixels.to(device),
+        inputs.resized(FramePreprocessor(size=size)).pixels.to(device),
         inputs.image_masks.to(device),
         inputs.tokens.to(device),
         inputs.token_mask.to(device),

@@ -96,21 +96,42 @@ class FramePreprocessor:
         Raises:
             ValueError: a frame or ``out`` of another dtype, shape or layout; names what was given and expected.
         """
+        if out is None:
+            out = np.empty((len(frames), self.size, self.size, 3), np.float32)
+        self._resize(frames, self.size, out, (len(frames), self.size, self.size, 3))
+        return out
+
+    def patches(self, frames: Sequence[Frame], patch: int, out: Pixels) -> None:
+        """Resize N frames and cut them into squares of ``patch`` pixels, as the vision tower reads them.
+
+        Args:
+            frames: as of a call.
+            patch: divides ``size``.
+            out: where to write, float32 [N, (size / patch)^2, patch * patch * 3], C-contiguous: patches row-major in
+                the picture, pixels row-major in the patch, channel fastest.
+
+        Raises:
+            ValueError: as of a call; a ``patch`` that does not divide ``size``.
+        """
+        if patch < 1 or self.size % patch:
+            raise ValueError(f"patch is {patch}, expected a divisor of {self.size}")
+        self._resize(frames, patch, out, (len(frames), (self.size // patch) ** 2, patch * patch * 3))
+
+    def _resize(self, frames: Sequence[Frame], patch: int, out: Pixels, shape: tuple[int, ...]) -> None:
+        """A whole picture is one patch."""
         frames = list(frames)
         if not frames:
             raise ValueError("frames is empty, expected at least one uint8 [height, width, 3] array")
         for index, frame in enumerate(frames):
             check_frame(frame, f"frame {index}")
-        shape = (len(frames), self.size, self.size, 3)
-        if out is None:
-            out = np.empty(shape, np.float32)
         _check_out(out, shape)
         if self.implementation == "cpp":
-            self._resize_cpp(frames, out, self.threads)
-        else:
-            for frame, target in zip(frames, out, strict=True):
-                _resize_pillow(frame, target)
-        return out
+            self._resize_cpp(frames, self.size, patch, out, self.threads)
+            return
+        grid = self.size // patch
+        for frame, target in zip(frames, out, strict=True):
+            tiles = _resize_pillow(frame, self.size).reshape(grid, patch, grid, patch, 3)
+            target.reshape(grid, grid, patch, patch, 3)[...] = tiles.swapaxes(1, 2)
 
 
 def resize_with_pad(frame: Frame, size: int = 224) -> Pixels:
@@ -125,9 +146,8 @@ def _default_preprocessor(size: int) -> FramePreprocessor:
     return FramePreprocessor(size=size)
 
 
-def _resize_pillow(frame: Frame, out: Pixels) -> None:
-    """uint8 [H, W, 3] -> ``out`` float32 [size, size, 3], by Pillow."""
-    size = out.shape[0]
+def _resize_pillow(frame: Frame, size: int) -> Pixels:
+    """uint8 [H, W, 3] -> float32 [size, size, 3], by Pillow."""
     height, width = frame.shape[:2]
     ratio = max(width / size, height / size)
     # Truncated, as in openpi. A side of less than one pixel, an error there, becomes one pixel.
@@ -135,8 +155,9 @@ def _resize_pillow(frame: Frame, out: Pixels) -> None:
     image = Image.fromarray(np.ascontiguousarray(frame))
     scaled = np.asarray(image.resize((new_width, new_height), Image.Resampling.BILINEAR))
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    out[...] = -1.0
+    out = np.full((size, size, 3), -1.0, np.float32)
     out[top : top + new_height, left : left + new_width] = scaled.astype(np.float32) / 255 * 2 - 1
+    return out
 
 
 def check_frame(frame: Frame, name: str) -> None:

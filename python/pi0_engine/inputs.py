@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pi0_engine.config import Pi0Config
+from pi0_engine.images import FramePreprocessor
 
 #: Pixels lie in [-1, 1]. Resampling filters overshoot a little; unscaled pixels (0..255) are far outside.
 PIXEL_LIMIT = 1.5
@@ -25,20 +27,20 @@ class ModelInputs:
     The cameras come either as ``images`` or as ``frames``; the other is None.
 
     Attributes:
-        images: float32 [B, V, S, S, 3] in [-1, 1], V camera slots (1..4) of S x S pixels, in prefix order.
-        frames: for each observation its present cameras, in prefix order: uint8 [H, W, 3] of any size, which the engine
-            resizes itself (on a GPU, inside the graph).
         image_masks: bool [B, V]; a slot with False is absent and its pixels are never read.
         tokens: int64 [B, L] prompt token ids, right-padded.
         token_mask: bool [B, L], True for real tokens (a prefix of each row).
         state: float32 [B, action_dim], normalised and zero-padded. π0.5 reads it from the prompt instead.
+        images: float32 [B, V, S, S, 3] in [-1, 1], V camera slots (1..4) of S x S pixels, in prefix order.
+        frames: for each observation its present cameras, in prefix order: uint8 [H, W, 3] of any size, which the engine
+            resizes itself (on a GPU, inside the graph).
     """
 
-    images: torch.Tensor | None
     image_masks: torch.Tensor
     tokens: torch.Tensor
     token_mask: torch.Tensor
     state: torch.Tensor
+    images: torch.Tensor | None = None
     frames: tuple[tuple[NDArray[np.uint8], ...], ...] | None = None
 
     @property
@@ -55,6 +57,16 @@ class ModelInputs:
         if self.images is None:
             raise ValueError("the inputs hold frames of the cameras' own sizes, expected resized images")
         return self.images
+
+    def resized(self, preprocess: FramePreprocessor) -> ModelInputs:
+        """The same observations with images in place of frames, for the reference model; absent cameras are zeros."""
+        if self.frames is None:
+            return self
+        present = [frame for row in self.frames for frame in row]
+        images = torch.zeros(*self.image_masks.shape, preprocess.size, preprocess.size, 3)
+        if present:
+            images[self.image_masks] = torch.from_numpy(preprocess(present))
+        return dataclasses.replace(self, images=images, frames=None)
 
     def validate(self, config: Pi0Config) -> None:
         """Raise ValueError naming the first tensor whose shape, dtype or content the model cannot take."""

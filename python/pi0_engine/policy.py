@@ -17,7 +17,6 @@ from pi0_engine.checkpoint import Checkpoint, open_checkpoint
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.continuation import check_mode, continue_chunks
 from pi0_engine.engine.runtime import Engine
-from pi0_engine.images import FramePreprocessor
 from pi0_engine.normalization import NormStats, load_norm_stats
 from pi0_engine.observation import Observation as ReadObservation
 from pi0_engine.observation import ObservationError
@@ -137,11 +136,8 @@ class Pi0Policy:
             stats=norm_stats,
             tokenizer=load_tokenizer(tokenizer or find_tokenizer(checkpoint.path), model),
             config=model,
-            preprocess_frames=FramePreprocessor(size=model.vision.image_size),
         )
-        running = Engine(checkpoint, engine, progress=progress)
-        transform = dataclasses.replace(transform, raw_frames=running.takes_frames)
-        return cls(running, transform, subtask=subtask, seed=seed, rtc=rtc)
+        return cls(Engine(checkpoint, engine, progress=progress), transform, subtask=subtask, seed=seed, rtc=rtc)
 
     @property
     def config(self) -> Pi0Config:

@@ -8,6 +8,7 @@ such file (docs/robots.md). Facts of the built-in ones: openpi ``policies/*_poli
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,17 +66,14 @@ class RangeMap:
                 raise ValueError(f"map of dims {list(self.dims)}: {name} is {values}, expected two different numbers")
 
     @property
-    def _scale_and_offset(self) -> tuple[float, float]:
+    def scale_and_offset(self) -> tuple[float, float]:
+        """model = robot * scale + offset."""
         scale = (self.model[1] - self.model[0]) / (self.robot[1] - self.robot[0])
         return scale, self.model[0] - scale * self.robot[0]
 
     def to_model(self, values: FloatArray) -> FloatArray:
-        scale, offset = self._scale_and_offset
+        scale, offset = self.scale_and_offset
         return values * scale + offset
-
-    def to_robot(self, values: FloatArray) -> FloatArray:
-        scale, offset = self._scale_and_offset
-        return (values - offset) / scale
 
 
 @dataclass(frozen=True)
@@ -165,19 +163,31 @@ class Robot:
 
     def actions_to_model(self, actions: FloatArray, state: FloatArray) -> FloatArray:
         """[..., H, action_dim] in robot units -> model units, relative to ``state`` [..., state_dim] (model units)."""
-        out = _apply(actions, ((mapping.dims, mapping.to_model) for mapping in self.action_maps))
-        return out - self._delta_offset(state)
+        scale, offset = self._action_map
+        return actions * scale + offset - self._delta_offset(state)
 
     def actions_to_robot(self, actions: FloatArray, state: FloatArray) -> FloatArray:
         """[..., H, action_dim] in model units, not normalised -> robot units: the inverse of ``actions_to_model``."""
-        out = actions + self._delta_offset(state)
-        return _apply(out, ((mapping.dims, mapping.to_robot) for mapping in self.action_maps))
+        scale, offset = self._action_map
+        return (actions + self._delta_offset(state) - offset) / scale
+
+    @functools.cached_property
+    def _action_map(self) -> tuple[FloatArray, FloatArray]:
+        """All ``action_maps`` at once, [action_dim] each: the model's number is the robot's times scale plus offset."""
+        scale, offset = np.ones(self.action_dim), np.zeros(self.action_dim)
+        for mapping in self.action_maps:
+            dims = list(mapping.dims)
+            scale[dims], offset[dims] = mapping.scale_and_offset
+        return scale, offset
+
+    @functools.cached_property
+    def _delta_dims(self) -> NDArray[np.intp]:
+        return np.flatnonzero(self.delta_mask)
 
     def _delta_offset(self, state: FloatArray) -> FloatArray:
         """What to add to relative actions: [..., 1, action_dim]."""
         offset = np.zeros((*state.shape[:-1], 1, self.action_dim), state.dtype)
-        dims = np.flatnonzero(self.delta_mask)
-        offset[..., 0, dims] = state[..., dims]
+        offset[..., 0, self._delta_dims] = state[..., self._delta_dims]
         return offset
 
 

@@ -1,6 +1,6 @@
 """Observations to network inputs, and the network's actions back to robot units.
 
-In:  instruction -> robot maps -> normalise -> resize -> tokenise -> zero-pad the state.
+In:  instruction -> robot maps -> normalise -> tokenise -> zero-pad the state; the frames are resized by the engine.
 Out: un-normalise -> drop the padding -> add the state to relative actions -> robot maps.
 The order is that of openpi's transforms (``policies/policy_config.py``, ``training/config.py``).
 """
@@ -18,7 +18,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from pi0_engine.config import Pi0Config
-from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.normalization import NormStats
 from pi0_engine.observation import Observation, read_observation, read_prompt
@@ -54,10 +53,8 @@ class ObservationTransform:
         stats: the checkpoint's normalisation.
         tokenizer: made for ``config``.
         config: the model.
-        preprocess_frames: resizes to ``config.vision.image_size``.
         pad_prompt_state: whether π0.5's prompt holds the state padded to ``action_dim``. openpi and lerobot from 0.5
             put the real dimensions there; lerobot 0.4 trained with the padded ones, and its files do not say so.
-        raw_frames: whether frames are handed to the engine as they are, for it to resize.
 
     Raises:
         ValueError: parts that do not fit each other, among them a delta mask other than the checkpoint's.
@@ -67,9 +64,7 @@ class ObservationTransform:
     stats: NormStats
     tokenizer: Tokenizer
     config: Pi0Config
-    preprocess_frames: FramePreprocessor
     pad_prompt_state: bool = False
-    raw_frames: bool = False
 
     def __post_init__(self) -> None:
         robot, config = self.robot, self.config
@@ -85,9 +80,6 @@ class ObservationTransform:
                 logger.warning("%s, but %s covers %d: is it this robot's?", given, self.stats.source, normalizer.dims)
         if self.tokenizer.config != config:
             raise ValueError("the tokenizer was made for another config than the transform")
-        if self.preprocess_frames.size != config.vision.image_size:
-            size = self.preprocess_frames.size
-            raise ValueError(f"frames are resized to {size} pixels, the model takes {config.vision.image_size}")
         if self.stats.delta_mask is not None:
             declared = np.flatnonzero(robot.delta_mask).tolist()
             trained = np.flatnonzero(self.stats.delta_mask).tolist()
@@ -110,8 +102,8 @@ class ObservationTransform:
             prompt: an instruction that takes precedence over those in the observations.
 
         Returns:
-            Inputs with batch B (1 for a single dict), and the context that :meth:`finish` asks for. The pixels of an
-            absent camera are zeros under a False mask; they are never read.
+            Inputs with batch B (1 for a single dict), their frames as the cameras sent them, and the context that
+            :meth:`finish` asks for.
 
         Raises:
             ValueError: see :func:`pi0_engine.observation.read_observation`; a state that is finite, but not any more
@@ -126,11 +118,9 @@ class ObservationTransform:
         normalized = self._normalized(state)
         image_masks = np.array([[slot in observation.frames for slot in self.robot.slots] for observation in read])
         frames = tuple(tuple(o.frames[slot] for slot in self.robot.slots if slot in o.frames) for o in read)
-        images = None if self.raw_frames else torch.from_numpy(self._images(frames, image_masks))
         tokens, token_mask = self._tokens(read, normalized)
         inputs = ModelInputs(
-            images=images,
-            frames=frames if self.raw_frames else None,
+            frames=frames,
             image_masks=torch.from_numpy(image_masks),
             tokens=torch.from_numpy(tokens),
             token_mask=torch.from_numpy(token_mask),
@@ -205,19 +195,6 @@ class ObservationTransform:
             except ValueError as error:
                 raise ValueError(f"observation {index}: {error}") from error
         return read
-
-    def _images(
-        self, frames: tuple[tuple[NDArray[np.uint8], ...], ...], masks: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
-        size = self.config.vision.image_size
-        present = [frame for row in frames for frame in row]
-        shape = *masks.shape, size, size, 3
-        if masks.all():
-            return self.preprocess_frames(present).reshape(shape)
-        images = np.zeros(shape, np.float32)
-        if present:
-            images[masks] = self.preprocess_frames(present)
-        return images
 
     def _tokens(self, read: list[Observation], state: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         in_prompt = self._pad(state) if self.pad_prompt_state else state

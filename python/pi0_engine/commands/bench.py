@@ -112,7 +112,7 @@ class Bench:
 
 
 def _layers_text(report: dict[str, Any]) -> str:
-    seen, beyond = report["observation"], report["beyond_engine"]
+    seen, beyond, echo = report["observation"], report["beyond_engine"], report["echo"]
     rows = [[shell, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}"] for shell, row in report["shells"].items()]
     return "\n".join(
         [
@@ -123,6 +123,7 @@ def _layers_text(report: dict[str, Any]) -> str:
             "",
             f"round trip beyond the engine, request by request: {beyond['p50_ms']:.2f} ms (p50), "
             f"{beyond['p99_ms']:.2f} ms (p99)",
+            f"an echo of the same bytes without a server: {echo['p50_ms']:.2f} ms (p50), {echo['p99_ms']:.2f} ms (p99)",
         ]
     )
 

@@ -2,11 +2,13 @@
 
 Every shell contains the one before it. They are timed in turn, round after round, so that a machine that gets slower
 meanwhile gets slower for all of them. What the server costs beyond the engine is taken from single requests: the round
-trip that the client measured less the engine's time that the reply to it reports.
+trip that the client measured less the engine's time that the reply to it reports. Beside it stands an echo, which no
+server can beat: the same bytes there and back by the same library, with nothing done to them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -31,6 +33,8 @@ from pi0_engine.tokenizer_files import demo_tokenizer
 
 #: The shells from the inside out.
 SHELLS = ("engine", "with pre- and post-processing", "Pi0Policy.infer", "websocket round trip")
+#: Fifty actions of 14 joints, and the rest.
+_REPLY_BYTES = 3_500
 _ALOHA_CAMERAS = ("images/cam_high", "images/cam_left_wrist", "images/cam_right_wrist")
 
 
@@ -57,8 +61,9 @@ def measure_shells(
         seed: of weights, frames, state and noise.
 
     Returns:
-        ``shells``: {shell: {p50_ms, p99_ms}}; ``beyond_engine``: of the round trip, paired by request; ``observation``:
-        views, side and the message's bytes; ``machine``, ``model``, ``dtype``, ``runs``.
+        ``shells``: {shell: {p50_ms, p99_ms}}; ``beyond_engine``: of the round trip, paired by request; ``echo``: of the
+        same bytes without a server; ``observation``: views, side and the message's bytes; ``machine``, ``model``,
+        ``dtype``, ``runs``.
 
     Raises:
         ValueError: numbers out of range.
@@ -81,30 +86,41 @@ def measure_shells(
         if camera.key not in _ALOHA_CAMERAS[:views]:
             del observation[camera.key]
     message = packb(observation)
+    ours, theirs = multiprocessing.Pipe()
+    spawn = multiprocessing.get_context("spawn")
+    echo_server = spawn.Process(target=_echo, args=(theirs,))
+    echo_server.start()
     with BackgroundServer(Service(lambda: policy), ServerOptions(port=0)) as server:
-        ours, theirs = multiprocessing.Pipe()
-        client = multiprocessing.get_context("spawn").Process(target=_client, args=(server.port, message, theirs))
+        client = spawn.Process(target=_client, args=(server.port, ours.recv(), message, theirs))
         client.start()
         theirs.close()
         shells = _inner_shells(policy, observation, seed)
         times: dict[str, list[float]] = {shell: [] for shell in SHELLS}
-        beyond = []
+        beyond, echoes = [], []
         try:
             for number in tqdm(range(-5, runs), "shells", disable=not progress, leave=False):
+                # Client and echo have both been asleep for as long as an inference takes, as on a robot.
+                ours.send("echo")
+                echo, _ = ours.recv()
                 round_times = {shell: _timed(call) for shell, call in shells.items()}
-                ours.send("go")
+                ours.send("observation")
                 round_times[SHELLS[-1]], timing = ours.recv()
+                shells[SHELLS[0]]()
                 if number < 0:
                     continue
                 for shell, milliseconds in round_times.items():
                     times[shell].append(milliseconds)
+                echoes.append(echo)
                 beyond.append(round_times[SHELLS[-1]] - _engine_ms(timing))
         finally:
             ours.close()
             client.join()
+            echo_server.kill()
+            echo_server.join()
     return {
         "shells": {shell: _percentiles(values) for shell, values in times.items()},
         "beyond_engine": _percentiles(beyond),
+        "echo": _percentiles(echoes),
         "observation": {"views": views, "side": side, "message_bytes": len(message)},
         "machine": describe_machine(policy.engine.device),
         "model": config.model_type,
@@ -143,19 +159,43 @@ def _percentiles(milliseconds: list[float]) -> dict[str, float]:
     return {"p50_ms": float(p50), "p99_ms": float(p99)}
 
 
-def _client(port: int, message: bytes, control: Connection) -> None:
-    """One round trip, packing and unpacking included, each time it is told to; ends when ``control`` is closed."""
+def _client(port: int, echo_port: int, message: bytes, control: Connection) -> None:
+    """One round trip, packing and unpacking included, or one echo, as it is told; ends when ``control`` is closed."""
     import websockets.sync.client as websocket
 
-    observation = unpackb(message)
-    with websocket.connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as connection:
+    observation, limits = unpackb(message), {"compression": None, "max_size": None}
+    with (
+        websocket.connect(f"ws://127.0.0.1:{port}", **limits) as connection,
+        websocket.connect(f"ws://127.0.0.1:{echo_port}", **limits) as echo,
+    ):
         connection.recv()
         while True:
             try:
-                control.recv()
+                asked = control.recv()
             except EOFError:
                 return
+            timing = {}
             started = time.perf_counter()
-            connection.send(packb(observation))
-            reply = unpackb(connection.recv(decode=False))
-            control.send((1e3 * (time.perf_counter() - started), reply["policy_timing"]))
+            if asked == "echo":
+                echo.send(message)
+                echo.recv(decode=False)
+            else:
+                connection.send(packb(observation))
+                timing = unpackb(connection.recv(decode=False))["policy_timing"]
+            control.send((1e3 * (time.perf_counter() - started), timing))
+
+
+def _echo(control: Connection) -> None:
+    """Sends its port, then for ever the head of every message back, as long as a reply of the server."""
+    from websockets.asyncio.server import ServerConnection, serve
+
+    async def answer(connection: ServerConnection) -> None:
+        async for message in connection:
+            await connection.send(message[:_REPLY_BYTES])
+
+    async def listen() -> None:
+        async with serve(answer, "127.0.0.1", 0, compression=None, max_size=None) as server:
+            control.send(server.sockets[0].getsockname()[1])
+            await asyncio.get_running_loop().create_future()
+
+    asyncio.run(listen())
