@@ -25,7 +25,7 @@ EXTENSION_NEEDS = "it is compiled at installation where a C++17 compiler and Pyt
 #: More threads than this gain nothing on a few camera frames.
 _MAX_THREADS = 4
 #: The longest side of a frame, in pixels (csrc/resize_with_pad.h).
-_MAX_SIDE = 1 << 20
+MAX_SIDE = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class FramePreprocessor:
     ) -> None:
         if implementation not in ("auto", "cpp", "pillow"):
             raise ValueError(f"implementation is {implementation!r}, expected 'auto', 'cpp' or 'pillow'")
-        if not 1 <= size <= _MAX_SIDE:
-            raise ValueError(f"size is {size}, expected 1 to {_MAX_SIDE} pixels")
+        if not 1 <= size <= MAX_SIDE:
+            raise ValueError(f"size is {size}, expected 1 to {MAX_SIDE} pixels")
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
         self.size = size
@@ -167,8 +167,8 @@ def check_frame(frame: Frame, name: str) -> None:
         raise ValueError(f"{name} is {type(frame).__name__}, {expected}")
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f"{name} is {frame.dtype} {list(frame.shape)}, {expected}")
-    if not all(1 <= side <= _MAX_SIDE for side in frame.shape[:2]):
-        raise ValueError(f"{name} is {list(frame.shape)}, expected sides of 1 to {_MAX_SIDE} pixels")
+    if not all(1 <= side <= MAX_SIDE for side in frame.shape[:2]):
+        raise ValueError(f"{name} is {list(frame.shape)}, expected sides of 1 to {MAX_SIDE} pixels")
 
 
 def _check_out(out: Pixels, shape: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0_engine.images import MAX_SIDE
 from pi0_engine.robots import Camera, Robot, StatePart
 
 #: How far a float pixel may leave [0, 1] by rounding; less than the step to the next of 256 values.
@@ -111,6 +112,8 @@ def _frame(value: Any, camera: Camera) -> NDArray[np.uint8]:
         expected = {"chw": "[3, H, W]", "hwc": "[H, W, 3]", "any": "[H, W, 3] or [3, H, W]"}[camera.layout]
         hint = f" (layout {camera.layout!r} is declared)" if first or last else ""
         raise ValueError(f"{where} has shape {list(image.shape)}, expected {expected}{hint}")
+    if max(image.shape) > MAX_SIDE:
+        raise ValueError(f"{where} has shape {list(image.shape)}, expected sides of at most {MAX_SIDE} pixels")
     if image.dtype != np.uint8:
         low, high = image.min(), image.max()
         if not (low >= -_PIXEL_SLACK and high <= 1 + _PIXEL_SLACK):
