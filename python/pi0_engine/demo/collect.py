@@ -29,6 +29,8 @@ Style = Literal["noisy", "clean"]
 
 #: Episodes of demonstrations have smaller seeds than this, those of evaluations have it or larger ones.
 FIRST_UNSEEN_SEED = 1_000_000
+#: Of these, each run's seed has so many: half for noisy and half for clean episodes.
+_SEEDS_EACH = FIRST_UNSEEN_SEED // 100
 #: An observation is recorded at every second action: neighbours are nearly equal, and rendering is what takes time.
 STRIDE = 2
 #: An episode that has not succeeded by then is dropped. The experts need 30 to 130 actions.
@@ -106,8 +108,8 @@ def collect(
     Raises:
         ValueError: a task or number that there is not, or a task whose expert hardly ever succeeds.
     """
-    if episodes < 1 or not 0 <= seed < 1000:
-        raise ValueError(f"episodes is {episodes}, seed {seed}: expected at least 1, and a seed of 0 to 999")
+    if not 1 <= episodes <= 2000 or not 0 <= seed < 100:
+        raise ValueError(f"episodes is {episodes}, seed {seed}: expected 1 to 2000, and a seed of 0 to 99")
     for task in tasks:
         get_task(task)
     output.mkdir(parents=True, exist_ok=True)
@@ -132,9 +134,8 @@ def collect(
 
 
 def _jobs(task: str, style: Style, seed: int, most: int) -> Iterator[_Job]:
-    """Other scenes for every task and style."""
-    number = 2 * list(TASKS).index(task) + (style == "clean")
-    first = seed * (FIRST_UNSEEN_SEED // 1000) + number * (FIRST_UNSEEN_SEED // 1000) // (2 * len(TASKS) + 1)
+    """Scenes of their own for every seed and style."""
+    first = seed * _SEEDS_EACH + (style == "clean") * (_SEEDS_EACH // 2)
     return (_Job(task, style, first + episode) for episode in range(most))
 
 
@@ -161,10 +162,10 @@ def _push(scene: Scene, rng: np.random.Generator, steps: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pi0_engine.demo.collect", description=__doc__)
-    parser.add_argument("output", type=Path, help="folder for the demonstrations: about 1.5 GB")
+    parser.add_argument("output", type=Path, help="folder for the demonstrations: about 2 GB")
     parser.add_argument("--tasks", default="all", help="names with commas between them, or all")
-    parser.add_argument("--episodes", type=int, default=60, help="of each task and style (default 60)")
-    parser.add_argument("--seed", type=int, default=0, help="0 to 999 (default 0)")
+    parser.add_argument("--episodes", type=int, default=100, help="of each task and style (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="0 to 99 (default 0)")
     parser.add_argument("--processes", type=int, help="default: as many as there are processors")
     given = parser.parse_args(arguments)
     tasks = list(TASKS) if given.tasks == "all" else given.tasks.split(",")

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -23,6 +23,9 @@ from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.training_state import TrainingState
 from pi0_engine.reference import sample_training_time
+
+#: Steps between two lines of the log.
+_LOG_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Recipe:
 
     steps: int = 9000
     post_steps: int = 3000
-    batch: int = 32
-    draws: int = 8
+    batch: int = 64
+    draws: int = 4
     rate: float = 1e-3
     last_rate: float = 2e-5
     warm_up: int = 200
@@ -90,7 +93,7 @@ def train(
     batches = Batches(demonstrations, CONFIG)
     model = initialized(CONFIG, recipe.seed).to(device)
     state = TrainingState.resume(output / "state.safetensors", model, recipe)
-    log = (output / "loss.jsonl").open("a")
+    log = _open_log(output / "loss.jsonl", state.step)
     step_loss = torch.compile(_loss) if compiled else _loss
     saved = time.monotonic()
     with tqdm(total=recipe.total, initial=state.step, unit="step", disable=not progress) as bar:
@@ -107,7 +110,7 @@ def train(
             loss.backward()
             state.update(recipe.rate_at(state.step), recipe.average)
             bar.update()
-            if state.step % 20 == 0:
+            if state.step % _LOG_EVERY == 1:
                 value = loss.item()
                 bar.set_postfix(loss=f"{value:.3f}", stage="post" if clean else "pre", refresh=False)
                 print(json.dumps({"step": state.step, "loss": value, "clean": clean}), file=log, flush=True)
@@ -117,6 +120,13 @@ def train(
                 saved = time.monotonic()
     log.close()
     plot_loss(output / "loss.jsonl", output / "loss.png")
+
+
+def _open_log(path: Path, step: int) -> TextIO:
+    """For appending; what was written after the last saving is done again, and goes."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+    return path.open("a")
 
 
 def _loss(model: Any, batch: Any, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

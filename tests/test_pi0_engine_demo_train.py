@@ -1,0 +1,151 @@
+"""Training of the demo's model: the loss is π0's, a stopped run goes on, the result is a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pi0_engine.cases import sample_reference
+from pi0_engine.checkpoint import open_checkpoint
+from pi0_engine.config import EngineConfig
+from pi0_engine.demo.batches import Batches
+from pi0_engine.demo.dataset import Demonstrations
+from pi0_engine.demo.model import CONFIG, initialized
+from pi0_engine.demo.objective import flow_matching_loss
+from pi0_engine.demo.train import Recipe, main, train
+from pi0_engine.demo.training_state import TrainingState
+from pi0_engine.policy import Pi0Policy
+from pi0_engine.reference import Pi0Reference, sample_training_time
+
+RECIPE = Recipe(steps=2, post_steps=2, batch=3, draws=2)
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demonstrations")
+    for number, name in enumerate(["reach-noisy", "reach-clean", "drawer-open-noisy", "drawer-open-clean"]):
+        rng = np.random.default_rng(number)
+        Demonstrations(
+            frames=rng.integers(0, 256, (6, 2, 64, 64, 3), dtype=np.uint8),
+            states=(rng.standard_normal((6, 4)) * 0.1 + 0.5).astype(np.float32),
+            actions=rng.uniform(-1, 1, (30, 4)).astype(np.float32),
+            first=np.arange(0, 12, 2),
+            end=np.full(6, 20),
+        ).save(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    train(demonstrations, output, RECIPE, progress=False)
+    return output
+
+
+def test_the_loss_is_the_references_over_several_noises(demonstrations: Path) -> None:
+    torch.manual_seed(0)
+    model, generator = initialized(CONFIG, seed=0), torch.Generator().manual_seed(1)
+    batch = Batches(demonstrations, CONFIG).draw(4, generator, clean=False)
+    assert not batch.valid.all() and batch.valid.any(dim=1).all(), "some chunks end early"
+    noise, time = torch.randn(4, 3, 16, 8), sample_training_time(12).view(4, 3)
+    with torch.no_grad():
+        prefix, pad = model.embed_prefix(batch.images, batch.image_masks, batch.tokens, batch.token_mask)
+        each = [model.loss(prefix, pad, batch.state, batch.actions, noise[:, k], time[:, k]) for k in range(3)]
+        expected = torch.stack([losses[batch.valid] for losses in each]).mean()
+        loss = flow_matching_loss(model, batch, noise, time)
+    assert abs(loss - expected) <= 1e-5 * expected
+
+
+def test_batches_hold_normalised_demonstrations(demonstrations: Path) -> None:
+    batches = Batches(demonstrations, CONFIG)
+    drawn = [batches.draw(64, torch.Generator().manual_seed(seed), clean=True) for seed in range(4)]
+    states = torch.cat([batch.state for batch in drawn])
+    actions = torch.cat([batch.actions for batch in drawn])
+    assert abs(states[:, :4].mean()) < 0.3 and 0.6 < states[:, :4].std() < 1.4
+    assert not states[:, 4:].any() and not actions[..., 4:].any()
+    assert states[:, 0].unique().numel() == 12, "all clean observations, and no noisy one"
+    assert drawn[0].images.min() >= -1 and drawn[0].images.max() <= 1
+    again = batches.draw(64, torch.Generator().manual_seed(0), clean=True)
+    assert all(torch.equal(getattr(again, f.name), getattr(drawn[0], f.name)) for f in dataclasses.fields(again))
+
+
+def test_missing_demonstrations_are_named(demonstrations: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no clean demonstrations: run python -m pi0_engine\.demo\.collect"):
+        Batches(tmp_path, CONFIG)
+    (tmp_path / "reach-clean.safetensors").symlink_to(demonstrations / "reach-clean.safetensors")
+    with pytest.raises(ValueError, match="holds no noisy demonstrations"):
+        Batches(tmp_path, CONFIG)
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    def steps(state: TrainingState, numbers: range) -> None:
+        for number in numbers:
+            torch.manual_seed(number)
+            velocity = state.model.action_out_proj(torch.randn(5, 128)) + state.model.state_proj.weight.sum()
+            velocity.square().mean().backward()
+            state.update(RECIPE.rate_at(number), RECIPE.average)
+
+    def fresh(path: Path) -> TrainingState:
+        return TrainingState.resume(path, initialized(CONFIG, seed=0), RECIPE)
+
+    whole = fresh(tmp_path / "whole.safetensors")
+    steps(whole, range(4))
+    first = fresh(tmp_path / "state.safetensors")
+    steps(first, range(2))
+    first.save()
+    second = fresh(tmp_path / "state.safetensors")
+    assert second.step == 2
+    steps(second, range(2, 4))
+    for models in ((whole.model, second.model), (whole.averaged(), second.averaged())):
+        for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(one, other), name
+    with pytest.raises(ValueError, match=r"was trained with .*\"steps\": 2.* expected .*\"steps\": 3"):
+        TrainingState.resume(tmp_path / "state.safetensors", initialized(CONFIG, seed=0), Recipe(steps=3))
+
+
+def test_the_result_is_a_checkpoint_like_any_other(trained: Path) -> None:
+    folder = trained / "checkpoint"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 16e6
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config == CONFIG and checkpoint.format == "openpi-pytorch"
+    policy = Pi0Policy.from_checkpoint(folder, robot="metaworld", engine=EngineConfig(dtype="float32"))
+    rng = np.random.default_rng(0)
+    top, side = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    observation = {"observation/top": top, "observation/side": side, "observation/state": np.full(4, 0.5)}
+    noise = rng.standard_normal((16, 8), dtype=np.float32)
+    actions = policy.infer({**observation, "prompt": "open the drawer"}, noise=noise)["actions"]
+    inputs, context = policy.transform.prepare({**observation, "prompt": "open the drawer"})
+    reference = Pi0Reference.from_tensors(CONFIG, checkpoint.tensor)
+    expected = policy.transform.finish(sample_reference(reference, inputs, torch.from_numpy(noise)[None], 10), context)
+    assert actions.shape == (16, 4)
+    np.testing.assert_allclose(actions, expected[0], atol=1e-4)
+
+
+def test_a_finished_run_stays_and_has_its_picture(trained: Path, demonstrations: Path) -> None:
+    before = (trained / "checkpoint" / "model.safetensors").read_bytes()
+    train(demonstrations, trained, RECIPE, progress=False)
+    assert (trained / "checkpoint" / "model.safetensors").read_bytes() == before
+    assert (trained / "loss.png").stat().st_size > 1000
+    for line in (trained / "loss.jsonl").read_text().splitlines():
+        assert json.loads(line)["loss"] > 0
+
+
+def test_the_step_size_rises_and_falls() -> None:
+    recipe = Recipe(steps=800, post_steps=200, warm_up=100)
+    rates = [recipe.rate_at(step) for step in range(1000)]
+    assert max(rates) == rates[99] == recipe.rate and rates[0] == recipe.rate / 100
+    assert all(one >= two for one, two in itertools.pairwise(rates[100:]))
+    assert abs(rates[-1] - recipe.last_rate) < 1e-3 * recipe.rate
+
+
+def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none"), str(tmp_path / "run")]) == 2
+    assert "holds no clean demonstrations" in capsys.readouterr().err
+    assert main([str(tmp_path), str(tmp_path / "run"), "--steps", "0"]) == 2
+    assert "steps is 0" in capsys.readouterr().err
