@@ -41,8 +41,8 @@ class Recipe:
         seed: of everything that is drawn.
     """
 
-    steps: int = 9000
-    post_steps: int = 3000
+    steps: int = 5000
+    post_steps: int = 1500
     batch: int = 64
     draws: int = 4
     rate: float = 1e-3

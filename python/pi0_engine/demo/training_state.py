@@ -29,7 +29,7 @@ class TrainingState:
     def __init__(self, path: Path, model: Pi0Reference, recipe: Any) -> None:
         self.path, self.model, self.step = path, model, 0
         self._recipe = json.dumps(asdict(recipe), sort_keys=True)
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=_BETAS, weight_decay=_DECAY)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=_BETAS, weight_decay=_DECAY, fused=True)
         self._average = {name: value.detach().clone() for name, value in model.named_parameters()}
 
     @classmethod
