@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0_engine.config import EngineConfig, GemmaConfig, ModelType, Pi0Config, SiglipConfig
+from pi0_engine.config import EngineConfig, GemmaConfig, ModelType, Pi0Config, SiglipConfig, SolverName
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import Pi0Reference
 
 MODEL_TYPES: list[ModelType] = ["pi0", "pi05"]
+SECOND_ORDER: list[SolverName] = ["midpoint", "adams_bashforth"]
 
 
 @functools.cache
@@ -86,12 +87,18 @@ def rows(inputs: ModelInputs, *which: int) -> ModelInputs:
     return ModelInputs(**{name: tensor[index] for name, tensor in given.items()})
 
 
-def reference_actions(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int | None = None) -> Tensor:
+def reference_actions(
+    model: Pi0Reference,
+    inputs: ModelInputs,
+    noise: Tensor,
+    num_steps: int | None = None,
+    solver: SolverName = "euler",
+) -> Tensor:
     """[B, samples, H, A] of the reference, which knows no samples: each is a run of its own."""
     i = inputs
     return torch.stack(
         [
-            model.sample_actions(i.images, i.image_masks, i.tokens, i.token_mask, i.state, sample, num_steps)
+            model.sample_actions(i.images, i.image_masks, i.tokens, i.token_mask, i.state, sample, num_steps, solver)
             for sample in noise.unbind(1)
         ],
         dim=1,

@@ -184,7 +184,7 @@ class Pi0Policy:
                 [num_samples, H, action_dim] or [B, num_samples, H, action_dim]); its H sets the horizon.
             seed: draws the noise reproducibly, in place of ``noise``.
             num_samples: candidate chunks per observation; they share its prefix, so further ones are cheap.
-            num_steps: Euler flow steps; None takes the checkpoint's (10).
+            num_steps: flow steps; None takes the checkpoint's (10).
             leftover: what is left of the chunk in execution, which the new one then continues (all of its samples do):
                 element k of the actions is for the same control step as ``leftover.actions[k]``. Actions beyond the
                 horizon are not used. For a list of observations a list, with None where there is nothing to continue.
@@ -198,7 +198,8 @@ class Pi0Policy:
 
         Raises:
             ObservationError: an observation or prompt that cannot be used, named.
-            ValueError: noise or a leftover that cannot be used, named.
+            ValueError: noise or a leftover that cannot be used, named; a leftover in guided mode where the engine's
+                solver is not Euler's.
         """
         started = time.perf_counter()
         single = not isinstance(observation, Sequence)
