@@ -41,6 +41,24 @@ def reference(config: Pi0Config, dtype: torch.dtype = torch.float32) -> Pi0Refer
     return Pi0Reference.from_tensors(config, RandomCheckpoint(config).tensor, dtype)
 
 
+@functools.cache
+def smooth_in_time(model_type: ModelType) -> Pi0Reference:
+    """A small model that does not see the time embedding's periods below 2: at 4e-3 no step here would resolve it."""
+    config = small_config(model_type)
+    source, half = RandomCheckpoint(config), config.expert.width // 2
+    name = "time_mlp_in.weight" if config.is_pi05 else "action_time_mlp_in.weight"
+    period = 4e-3 * 1000 ** torch.linspace(0, 1, half)
+
+    def tensor(asked: str) -> Tensor:
+        found = source.tensor(asked)
+        if asked == name:
+            found = found.clone()
+            found[:, -2 * half :] *= (period >= 2).repeat(2)
+        return found
+
+    return Pi0Reference.from_tensors(config, tensor)
+
+
 def fresh_engine(config: Pi0Config, dtype: str = "float32", **options: Any) -> Engine:
     """An engine that no other test has used."""
     return Engine(RandomCheckpoint(config), EngineConfig(dtype=dtype, **options))  # type: ignore[arg-type]

@@ -8,10 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import MODEL_TYPES, SECOND_ORDER, random_inputs, random_noise, reference_actions, rel_l2, small_config
+from models import (
+    MODEL_TYPES,
+    SECOND_ORDER,
+    random_inputs,
+    random_noise,
+    reference,
+    reference_actions,
+    rel_l2,
+    small_config,
+    smooth_in_time,
+)
 from pi0_engine.config import ModelType, SolverName
-from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.reference import Pi0Reference, flow_times, integrate
+from pi0_engine.reference import flow_times, integrate
 
 #: By what halving the step divides the error.
 GAIN: dict[SolverName, float] = {"euler": 2.0, "midpoint": 4.0, "adams_bashforth": 4.0}
@@ -62,23 +71,6 @@ def test_three_steps_by_hand() -> None:
     assert [time for _, time in calls] == [float(time) for time, _ in flow_times(3)]
 
 
-def smooth_in_time(model_type: ModelType) -> Pi0Reference:
-    """A small model that does not see the time embedding's periods below 2: at 4e-3 no step here would resolve it."""
-    config = small_config(model_type)
-    source, half = RandomCheckpoint(config), config.expert.width // 2
-    name = "time_mlp_in.weight" if config.is_pi05 else "action_time_mlp_in.weight"
-    period = 4e-3 * 1000 ** torch.linspace(0, 1, half)
-
-    def tensor(asked: str) -> Tensor:
-        found = source.tensor(asked)
-        if asked == name:
-            found = found.clone()
-            found[:, -2 * half :] *= (period >= 2).repeat(2)
-        return found
-
-    return Pi0Reference.from_tensors(config, tensor)
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_orders_on_a_small_model(model_type: ModelType, solver: SolverName) -> None:
@@ -96,7 +88,7 @@ def test_orders_on_a_small_model(model_type: ModelType, solver: SolverName) -> N
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_one_step_of_adams_bashforth_is_eulers(model_type: ModelType) -> None:
     config = small_config(model_type)
-    model = Pi0Reference.from_tensors(config, RandomCheckpoint(config).tensor)
+    model = reference(config)
     inputs, noise = random_inputs(config), random_noise(config)
 
     def found(solver: SolverName) -> Tensor:

@@ -123,19 +123,12 @@ class Pi0Policy:
         Raises:
             ValueError: anything missing, unexpected or inconsistent, named.
         """
-        declared = get_robot(robot)
         if isinstance(source, Checkpoint):
             checkpoint = source
         else:
             checkpoint = open_checkpoint(source, config=config, revision=revision)
-        model = checkpoint.config if config is not None else _configured(checkpoint, declared)
-        if not isinstance(norm_stats, NormStats):
-            norm_stats = load_norm_stats(norm_stats or checkpoint.path, model, asset_id=asset_id)
-        transform = ObservationTransform(
-            robot=declared,
-            stats=norm_stats,
-            tokenizer=load_tokenizer(tokenizer or find_tokenizer(checkpoint.path), model),
-            config=model,
+        transform = load_transform(
+            checkpoint, robot, config=config, tokenizer=tokenizer, norm_stats=norm_stats, asset_id=asset_id
         )
         return cls(Engine(checkpoint, engine, progress=progress), transform, subtask=subtask, seed=seed, rtc=rtc)
 
@@ -269,6 +262,32 @@ def _per_observation(
         kinds = [type(item).__name__ for item in given]
         raise ValueError(f"leftover holds {kinds}, expected {batch} of Leftover or None, one for each observation")
     return given
+
+
+def load_transform(
+    checkpoint: Checkpoint,
+    robot: str | Path | Robot,
+    *,
+    config: Pi0Config | None = None,
+    tokenizer: str | Path | None = None,
+    norm_stats: str | Path | NormStats | None = None,
+    asset_id: str | None = None,
+) -> ObservationTransform:
+    """What stands between a robot and a checkpoint's network; arguments as of :meth:`Pi0Policy.from_checkpoint`.
+
+    Raises:
+        ValueError: anything missing or inconsistent, named.
+    """
+    declared = get_robot(robot)
+    model = checkpoint.config if config is not None else _configured(checkpoint, declared)
+    if not isinstance(norm_stats, NormStats):
+        norm_stats = load_norm_stats(norm_stats or checkpoint.path, model, asset_id=asset_id)
+    return ObservationTransform(
+        robot=declared,
+        stats=norm_stats,
+        tokenizer=load_tokenizer(tokenizer or find_tokenizer(checkpoint.path), model),
+        config=model,
+    )
 
 
 def _configured(checkpoint: Checkpoint, robot: Robot) -> Pi0Config:
