@@ -4,7 +4,8 @@ Either an earlier chunk guides the new one, or the new one's first actions are g
 
 Guided: the velocity v of a step at time t becomes v - g (previous - (x - t v)), where x - t v is the chunk that the
 step foresees, and g = min(w(t), max_weight) * weights. The correction is taken as it is, without the Jacobian of the
-network, as lerobot does: it needs no backward pass, and is part of the Euler step's kernel.
+network, as lerobot does: it needs no backward pass, and is part of the Euler step's kernel. Only Euler's: the paper and
+lerobot bound the pull by the step, and that bound is not one for solvers of second order (docs/solvers.md).
 
 Given: the first actions stay what they are, and the network is told so: their tokens are at flow time 0, where actions
 are clean, while the others are at the step's. π0.5's adaRMS modulates each token by its own time then. It works as far
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pi0_engine.config import Pi0Config
+from pi0_engine.config import Pi0Config, SolverName
 from pi0_engine.engine.plan import check_per_token_time
 
 
@@ -79,6 +80,15 @@ class FixedPrefix:
 
 
 Continuation = Guide | FixedPrefix
+
+
+def check_guidable(solver: SolverName) -> None:
+    """Raise ValueError saying why chunks cannot be guided with this solver."""
+    if solver != "euler":
+        raise ValueError(
+            f"guided real-time chunking is defined for Euler's flow steps, and the solver is {solver!r}: use solver "
+            "'euler', or rtc mode 'trained' with a checkpoint for it"
+        )
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pi0_engine.config import Pi0Config
+from pi0_engine.config import Pi0Config, SolverName
 from pi0_engine.kernels.stream import Scratch, Stream, sum_blocks
 
 #: The stages in the order in which they run; a buffer lives from one of them to another, both included.
@@ -43,11 +43,12 @@ class ShapePlan:
             share a bucket: the plan, and a graph captured for it, must not depend on the instruction.
         samples: candidate chunks per observation; they share its prefix.
         horizon: actions per chunk.
-        num_steps: Euler steps. No buffer depends on it, so plans that differ in it alone are equal.
+        num_steps: flow steps. No buffer depends on it, so plans that differ in it alone are equal.
         patches: image tokens of each view.
         frames: (bytes, table entries) reserved for frames that the engine resizes; None where pixels are given.
         state_rows: state tokens, one per observation in π0, none in π0.5 (whose prompt holds the state).
         per_token_time: whether each action token has a flow time of its own, the step's or 0 (guidance.py).
+        solver: of the flow; those of second order have a buffer more (solvers.py).
     """
 
     views: tuple[int, ...]
@@ -60,6 +61,7 @@ class ShapePlan:
     state_rows: int
     frames: tuple[int, int] | None = None
     per_token_time: bool = False
+    solver: SolverName = "euler"
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class ShapePlan:
         prompt_bucket: int = 1,
         frames: tuple[int, int] | None = None,
         per_token_time: bool = False,
+        solver: SolverName = "euler",
     ) -> ShapePlan:
         """Lengths for observations with these camera and prompt token counts (one entry each).
 
@@ -97,7 +100,17 @@ class ShapePlan:
         state_rows = 0 if config.is_pi05 else len(views)
         patches, frames = config.vision.num_patches, frame_bucket(frames) if frames and any(views) else None
         return cls(
-            tuple(views), prefix, exact, samples, horizon, num_steps, patches, state_rows, frames, per_token_time
+            tuple(views),
+            prefix,
+            exact,
+            samples,
+            horizon,
+            num_steps,
+            patches,
+            state_rows,
+            frames,
+            per_token_time,
+            solver,
         )
 
     @property
@@ -174,6 +187,7 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
     image_tokens, tokens = plan.images * vision.num_patches, plan.batch * plan.prefix
     actions, suffix = plan.action_rows, plan.suffix_rows
     frame_bytes, table_entries = plan.frames or (0, 0)
+    based = 0 if plan.solver == "euler" else actions
     return [
         # To the end, though nobody reads them after vision: a capture runs the kernel that follows the table's offsets,
         # and must find the last valid one (or zeros) there, not another buffer's contents.
@@ -198,6 +212,7 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
         Buffer("prefix_weights", (actions,), f32, VISION, FLOW),
         Buffer("max_weight", (1,), f32, VISION, FLOW),
         Buffer("time_index", (actions if plan.per_token_time else 0,), torch.int32, VISION, FLOW),
+        Buffer("base", (based, config.action_dim), f32, FLOW, FLOW),
         Buffer("action_hidden", (actions, expert.width), f32, FLOW, FLOW),
         *_stream_buffers("suffix", suffix, expert.width, dtype, FLOW, FLOW),
         Buffer("suffix_q", (suffix, expert.q_dim), dtype, FLOW, FLOW),

@@ -19,7 +19,7 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.engine import pipeline
 from pi0_engine.engine.choices import choose_ops, resolve_device, resolve_dtype
 from pi0_engine.engine.graph import CapturedGraph
-from pi0_engine.engine.guidance import Continuation, FixedPrefix
+from pi0_engine.engine.guidance import Continuation, FixedPrefix, Guide, check_guidable
 from pi0_engine.engine.memory import check_free_memory, reporting_memory
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
@@ -72,7 +72,13 @@ class Engine:
         check_free_memory(self.config, self.dtype, self.device)
         with reporting_memory(self.device, "the weights"):
             self.weights = pack_weights(source, self.dtype, self.device, progress=progress)
-            self.time_terms = TimeTerms(source, self.weights.expert, self.device, self.engine_config.flow_times)
+            self.time_terms = TimeTerms(
+                source,
+                self.weights.expert,
+                self.device,
+                self.engine_config.flow_times,
+                self.engine_config.solver,
+            )
             self.time_terms(self.config.num_steps)
             self.scratch = Scratch.allocate(self.device, needed=self.ops.launcher is not None)
         self.use_graph = self.device.type == "cuda" and self.engine_config.use_cuda_graph
@@ -93,8 +99,9 @@ class Engine:
             inputs: a batch of B observations.
             noise: float32 [B, samples, H, action_dim], standard normal; its shape says how many candidate chunks to
                 draw per observation and how long they are.
-            num_steps: Euler steps; the checkpoint's own number where None.
-            continuation: the chunks that these continue, one per observation; its samples share it (guidance.py).
+            num_steps: flow steps of the engine's solver; the checkpoint's own number where None.
+            continuation: the chunks that these continue, one per observation; its samples share it (guidance.py). A
+                :class:`Guide` needs the Euler solver.
 
         Raises:
             ValueError: inputs, noise or a continuation that the model cannot take, or actions that are not finite.
@@ -231,6 +238,7 @@ class Engine:
             prompt_bucket=bucket,
             frames=frames,
             per_token_time=per_token_time,
+            solver=self.engine_config.solver,
         )
 
     def session(self, plan: ShapePlan) -> Session:
@@ -353,6 +361,8 @@ class Engine:
             raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}, expected {expected}")
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise contains NaN or infinity")
+        if isinstance(continuation, Guide):
+            check_guidable(self.engine_config.solver)
         if continuation is not None:
             num_steps = self.config.num_steps if num_steps is None else num_steps
             continuation.validate(self.config, batch, noise.shape[2], num_steps)

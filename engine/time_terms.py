@@ -1,7 +1,7 @@
-"""Everything in a flow step that depends on the flow time alone, computed once per number of steps.
+"""Everything in a network call that depends on the flow time alone, computed once per number of steps.
 
-π0: the time half of ``action_time_mlp_in``, a bias vector per step. π0.5: adaRMS scale and gate of every layer and
-step, and its shift times the linear layer behind it. Both: the step size dt, folded into the output projection.
+π0: the time half of ``action_time_mlp_in``, a bias vector per call. π0.5: adaRMS scale and gate of every layer and
+call, and its shift times the linear layer behind it. Both: the step size dt, folded into the output projection.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0_engine.config import FlowTimes
+from pi0_engine.config import FlowTimes, SolverName
+from pi0_engine.engine.solvers import Advance, network_calls
 from pi0_engine.engine.weights import DecoderLayerWeights, TensorSource
 
 #: Rows of a packed weight that are widened to float32 at a time: 8 MB of a full-size expert.
@@ -48,10 +48,11 @@ class Modulation:
 
 @dataclass(frozen=True)
 class StepTerms:
-    """What one flow step adds to the weights.
+    """What one network call adds to the weights: one per flow step, with the midpoint solver two.
 
     ``embed_bias`` float32 [W]; ``input_norms`` and ``mlp_norms`` one :class:`Modulation` per layer; ``out`` [A, W] and
-    ``out_bias`` [A] float32, the final norm and dt folded in. ``time`` runs from 1 to 0, so ``dt`` is negative.
+    ``out_bias`` [A] float32, the final norm and dt folded in. ``time`` runs from 1 to 0, so ``dt``, the
+    whole flow step's, is negative. ``advance`` says what becomes of the velocity; None in an Euler step.
     """
 
     time: float
@@ -61,6 +62,7 @@ class StepTerms:
     mlp_norms: tuple[Modulation, ...]
     out: Tensor
     out_bias: Tensor
+    advance: Advance | None = None
 
     def scale_after_layer(self, index: int) -> Tensor | None:
         """adaRMS scale of the norm that reads what layer ``index`` wrote; the final norm's is in ``out``."""
@@ -75,21 +77,6 @@ class StepTerms:
         """
         t = self.time
         return (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t < 1 else math.inf
-
-
-def flow_grid(num_steps: int, rounding: FlowTimes = "openpi") -> tuple[list[float], float]:
-    """Times of the Euler steps, 1 down to about 1/num_steps, and dt.
-
-    Accumulated in float32 like openpi's, or each rounded once like lerobot's. At a period of 4e-3 the difference of
-    1e-7 turns the time embedding by 1e-4.
-    """
-    dt, time, times = np.float32(-1.0 / num_steps), np.float32(1.0), []
-    if rounding == "lerobot":
-        return [float(np.float32(1.0 + step * (-1.0 / num_steps))) for step in range(num_steps)], float(dt)
-    for _ in range(num_steps):
-        times.append(float(time))
-        time += dt
-    return times, float(dt)
 
 
 def time_embedding(times: list[float], width: int) -> Tensor:
@@ -117,13 +104,14 @@ class TimeTerms:
         layers: list[DecoderLayerWeights],
         device: torch.device,
         rounding: FlowTimes = "openpi",
+        solver: SolverName = "euler",
     ) -> None:
         self._source, self._config, self._layers, self._device = source, source.config, layers, device
-        self._rounding = rounding
+        self._rounding, self._solver = rounding, solver
         self._known: OrderedDict[tuple[int, bool], tuple[StepTerms, ...]] = OrderedDict()
 
     def __call__(self, num_steps: int, *, per_token: bool = False) -> tuple[StepTerms, ...]:
-        """The terms of each of ``num_steps`` steps, in order; ``per_token`` asks for tables (π0.5)."""
+        """The terms of each network call of ``num_steps`` steps, in order; ``per_token`` asks for tables (π0.5)."""
         key = num_steps, per_token
         if key not in self._known:
             self._known[key] = self._compute(num_steps, per_token)
@@ -133,7 +121,8 @@ class TimeTerms:
         return self._known[key]
 
     def _compute(self, num_steps: int, per_token: bool) -> tuple[StepTerms, ...]:
-        times, dt = flow_grid(num_steps, self._rounding)
+        calls, dt = network_calls(self._solver, num_steps, self._rounding)
+        times = [call.time for call in calls]
         out, out_bias = self._read("action_out_proj.weight") * dt, self._read("action_out_proj.bias") * dt
         # Where the source's tensors are: on the host, or nowhere ("meta") when only shapes are wanted.
         embedding = time_embedding(times, self._config.expert.width).to(out.device)
@@ -145,7 +134,8 @@ class TimeTerms:
             biases = self._pi0_biases(embedding).to(self._device)
             out, out_bias = out.to(self._device), out_bias.to(self._device)
             return tuple(
-                StepTerms(time, dt, bias, plain, plain, out, out_bias) for time, bias in zip(times, biases, strict=True)
+                StepTerms(call.time, dt, bias, plain, plain, out, out_bias, call.advance)
+                for call, bias in zip(calls, biases, strict=True)
             )
         cond = self._condition(embedding)
         modulating = cond
@@ -168,8 +158,17 @@ class TimeTerms:
         out_biases = (F.linear(shift, out) + out_bias).to(self._device)
         bias = self._read("action_in_proj.bias").to(self._device)
         return tuple(
-            StepTerms(time, dt, bias, tuple(m[s] for m in inputs), tuple(m[s] for m in mlps), outs[s], out_biases[s])
-            for s, time in enumerate(times)
+            StepTerms(
+                call.time,
+                dt,
+                bias,
+                tuple(m[s] for m in inputs),
+                tuple(m[s] for m in mlps),
+                outs[s],
+                out_biases[s],
+                call.advance,
+            )
+            for s, call in enumerate(calls)
         )
 
     def _pi0_biases(self, embedding: Tensor) -> Tensor:

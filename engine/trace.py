@@ -82,7 +82,8 @@ def run_on_meta(ops: Ops, config: Pi0Config, plan: ShapePlan, dtype: torch.dtype
     """Call ``ops`` as one inference of these lengths does, on tensors without contents."""
     source, meta = shapes_only(config), torch.device("meta")
     weights = pack_weights(source, dtype, meta)
-    steps = TimeTerms(source, weights.expert, meta)(plan.num_steps, per_token=plan.per_token_time)
+    time_terms = TimeTerms(source, weights.expert, meta, solver=plan.solver)
+    steps = time_terms(plan.num_steps, per_token=plan.per_token_time)
     scratch = Scratch.allocate(meta, needed=True)
     run(ops, config, weights, steps, Workspace(config, plan, dtype, meta, scratch), lap)
 

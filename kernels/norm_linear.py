@@ -231,4 +231,52 @@ def rmsnorm_linear_euler(
     y = gemm(rms_normalize(x.x, None).to(weight.dtype), weight, bias)
     g = (max_weight.clamp(max=step_weight) * prefix_weights)[:, None]
     step = y - g * (time * y + dt * (previous - actions))
-    actions.add_(step if time_index is None else step.masked_fill((time_index != 0)[:, None], 0.0))
+    actions.add_(_where_not_given(step, time_index))
+
+
+def _where_not_given(step: Tensor, time_index: Tensor | None) -> Tensor:
+    """``step`` [rows, A], and 0 in the rows that are given."""
+    return step if time_index is None else step.masked_fill((time_index != 0)[:, None], 0.0)
+
+
+def _rmsnorm_linear_second_order_cost(
+    x: Stream,
+    weight: Tensor,
+    bias: Tensor,
+    start: Tensor,
+    base_factor: float,
+    actions_factor: float,
+    time_index: Tensor | None = None,
+    *,
+    base: Tensor,
+    actions: Tensor,
+    scratch: Scratch,
+) -> Cost:
+    moved = nbytes(x.x, x.square_sums, weight, bias, start, time_index, base, actions)
+    return Cost(gemm_flops(x.x, weight), moved)
+
+
+@op(cost=_rmsnorm_linear_second_order_cost, triton="gpu.linear")
+def rmsnorm_linear_second_order(
+    x: Stream,
+    weight: Tensor,
+    bias: Tensor,
+    start: Tensor,
+    base_factor: float,
+    actions_factor: float,
+    time_index: Tensor | None = None,
+    *,
+    base: Tensor,
+    actions: Tensor,
+    scratch: Scratch,
+) -> None:
+    """A call of a solver of second order: base = start + base_factor y, actions = start + actions_factor y.
+
+    y is dt times the velocity, as in ``rmsnorm_linear_euler``; what the factors are is in ``engine/solvers.py``.
+    ``start``, ``base`` and ``actions`` are float32 [rows, A]; start may be one of the two others. A row whose
+    ``time_index`` int32 [rows] is not 0 is given: there both are start.
+    """
+    y = _where_not_given(gemm(rms_normalize(x.x, None).to(weight.dtype), weight, bias), time_index)
+    moved = start + actions_factor * y  # before base is written, which start may be
+    base.copy_(start + base_factor * y)
+    actions.copy_(moved)

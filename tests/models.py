@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0_engine.config import EngineConfig, GemmaConfig, ModelType, Pi0Config, SiglipConfig
+from pi0_engine.config import EngineConfig, GemmaConfig, ModelType, Pi0Config, SiglipConfig, SolverName
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import Pi0Reference
 
 MODEL_TYPES: list[ModelType] = ["pi0", "pi05"]
+SECOND_ORDER: list[SolverName] = ["midpoint", "adams_bashforth"]
 
 
 @functools.cache
@@ -38,6 +39,24 @@ def small_config(model_type: ModelType, **changes: Any) -> Pi0Config:
 @functools.cache
 def reference(config: Pi0Config, dtype: torch.dtype = torch.float32) -> Pi0Reference:
     return Pi0Reference.from_tensors(config, RandomCheckpoint(config).tensor, dtype)
+
+
+@functools.cache
+def smooth_in_time(model_type: ModelType) -> Pi0Reference:
+    """A small model that does not see the time embedding's periods below 2: at 4e-3 no step here would resolve it."""
+    config = small_config(model_type)
+    source, half = RandomCheckpoint(config), config.expert.width // 2
+    name = "time_mlp_in.weight" if config.is_pi05 else "action_time_mlp_in.weight"
+    period = 4e-3 * 1000 ** torch.linspace(0, 1, half)
+
+    def tensor(asked: str) -> Tensor:
+        found = source.tensor(asked)
+        if asked == name:
+            found = found.clone()
+            found[:, -2 * half :] *= (period >= 2).repeat(2)
+        return found
+
+    return Pi0Reference.from_tensors(config, tensor)
 
 
 def fresh_engine(config: Pi0Config, dtype: str = "float32", **options: Any) -> Engine:
@@ -86,12 +105,18 @@ def rows(inputs: ModelInputs, *which: int) -> ModelInputs:
     return ModelInputs(**{name: tensor[index] for name, tensor in given.items()})
 
 
-def reference_actions(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int | None = None) -> Tensor:
+def reference_actions(
+    model: Pi0Reference,
+    inputs: ModelInputs,
+    noise: Tensor,
+    num_steps: int | None = None,
+    solver: SolverName = "euler",
+) -> Tensor:
     """[B, samples, H, A] of the reference, which knows no samples: each is a run of its own."""
     i = inputs
     return torch.stack(
         [
-            model.sample_actions(i.images, i.image_masks, i.tokens, i.token_mask, i.state, sample, num_steps)
+            model.sample_actions(i.images, i.image_masks, i.tokens, i.token_mask, i.state, sample, num_steps, solver)
             for sample in noise.unbind(1)
         ],
         dim=1,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
+from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig, SolverName
 from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.random_weights import RandomCheckpoint
@@ -56,12 +56,12 @@ def policy(robot: str | Robot = "libero", weights: int = 0) -> Pi0Policy:
     return fresh_policy(robot, weights)
 
 
-def fresh_policy(robot: str | Robot = "libero", weights: int = 0) -> Pi0Policy:
+def fresh_policy(robot: str | Robot = "libero", weights: int = 0, solver: SolverName = "euler") -> Pi0Policy:
     return Pi0Policy.from_checkpoint(
         RandomCheckpoint(config(), weights),
         robot=robot,
         config=config(),
-        engine=EngineConfig(dtype="float32"),
+        engine=EngineConfig(dtype="float32", solver=solver),
         tokenizer=demo_tokenizer(),
         norm_stats=NormStats.identity(),
     )

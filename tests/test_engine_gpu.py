@@ -13,6 +13,7 @@ import torch
 import golden
 from models import (
     MODEL_TYPES,
+    SECOND_ORDER,
     fresh_engine,
     random_inputs,
     random_noise,
@@ -21,7 +22,7 @@ from models import (
     rel_l2,
     small_config,
 )
-from pi0_engine.config import EngineConfig, ModelType, Pi0Config
+from pi0_engine.config import EngineConfig, ModelType, Pi0Config, SolverName
 from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import record_launches
@@ -232,6 +233,24 @@ def test_a_replay_is_the_eager_run(model_type: ModelType, dtype: str) -> None:
     running = fresh_engine(config, dtype, device="cuda")
     for _ in range(3):
         assert torch.equal(running.infer(inputs, noise).actions, eager)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("solver", SECOND_ORDER)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_solvers_of_second_order_run_in_a_graph(model_type: ModelType, solver: SolverName, device: str) -> None:
+    """Against the reference, again from the same noise, and in halves."""
+    config = small_config(model_type)
+    inputs, noise = random_inputs(config, [ALL, ONE], [12, 1]), random_noise(config, 2, samples=2)
+    running = fresh_engine(config, device=device, solver=solver)
+    first = running.infer(inputs, noise).actions
+    assert rel_l2(first, reference_actions(reference(config), inputs, noise, None, solver)) <= 2e-5
+    running.infer(inputs, -noise)
+    assert torch.equal(running.infer(inputs, noise).actions, first)
+    running.observe(inputs, samples=2)
+    for _ in range(2):
+        assert torch.equal(running.sample(noise).actions, first)
+    assert len(graphs(running)) == (3 if running.use_graph else 0)
 
 
 # --- the graph itself ---

@@ -11,8 +11,19 @@ import pytest
 import torch
 
 import golden
-from models import MODEL_TYPES, engine, fresh_engine, random_inputs, random_noise, rel_l2, small_config
-from pi0_engine.config import ModelType, Pi0Config
+from models import (
+    MODEL_TYPES,
+    SECOND_ORDER,
+    engine,
+    fresh_engine,
+    random_inputs,
+    random_noise,
+    reference,
+    reference_actions,
+    rel_l2,
+    small_config,
+)
+from pi0_engine.config import ModelType, Pi0Config, SolverName
 from pi0_engine.engine.guidance import FixedPrefix, Guide
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine
@@ -53,7 +64,11 @@ def launch_configs(tmp_path: Path) -> str | None:
 
 
 def triton_engine(
-    config: Pi0Config, launch_configs: str | None, dtype: str = "float32", prompt_bucket: int | None = None
+    config: Pi0Config,
+    launch_configs: str | None,
+    dtype: str = "float32",
+    prompt_bucket: int | None = None,
+    solver: SolverName = "euler",
 ) -> Engine:
     running = fresh_engine(
         config,
@@ -62,6 +77,7 @@ def triton_engine(
         backend="triton",
         launch_configs=launch_configs,
         prompt_bucket=prompt_bucket,
+        solver=solver,
     )
     others = {choice.op for choice in running.ops.choices if choice.implementation != "triton"}
     assert others == {"frames_to_patches"}
@@ -151,6 +167,27 @@ def test_a_chunk_whose_first_actions_are_given(launch_configs: str | None) -> No
     assert error <= 3e-6
     for b, rows in enumerate(prefix.rows):
         assert torch.equal(actions[b, 0, :rows], prefix.previous[b, :rows])
+
+
+@pytest.mark.parametrize("solver", SECOND_ORDER)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_solvers_of_second_order(model_type: ModelType, solver: SolverName, launch_configs: str | None) -> None:
+    """Two samples in three steps; the halves give the same, and π0.5 with a given prefix what the meanings give."""
+    config = small_config(model_type)
+    inputs, noise = random_inputs(config, [[True, False, False]], [3]), random_noise(config, samples=2)
+    running = triton_engine(config, launch_configs, solver=solver)
+    actions = running.infer(inputs, noise).actions
+    error = rel_l2(actions, reference_actions(reference(config), inputs, noise, None, solver))
+    print(f"{model_type} {solver}: relative L2 {error:.2e}")
+    assert error <= 2e-5
+    running.observe(inputs, samples=2)
+    assert torch.equal(running.sample(noise).actions, actions)
+    if config.is_pi05:
+        prefix = FixedPrefix(random_noise(config)[:, 0] - 1, (2,))
+        expected = engine(config, backend="torch", solver=solver).infer(inputs, noise, continuation=prefix).actions
+        actions = running.infer(inputs, noise, continuation=prefix).actions
+        assert rel_l2(actions, expected) <= 3e-6
+        assert torch.equal(actions[0, :, :2], prefix.previous[0, :2].expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import MODEL_TYPES, small_config
-from pi0_engine.config import ModelType, Pi0Config
+from pi0_engine.config import ModelType, Pi0Config, SolverName
 from pi0_engine.engine.plan import (
     ALIGNMENT,
     FLOW,
@@ -137,6 +137,7 @@ def test_buffers_of_a_small_model() -> None:
         "prefix_weights": (10,),
         "max_weight": (1,),
         "time_index": (0,),
+        "base": (0, 7),
         "action_hidden": (10, 28),
         "suffix_x": (11, 28),
         "suffix_rounded": (11, 28),
@@ -149,7 +150,7 @@ def test_buffers_of_a_small_model() -> None:
     }
     streams = {f"{name}_{part}" for name in ("vision", "prefix", "suffix") for part in ("x", "square_sums")}
     ends = {"patches", "vision_sums", "prompt", "state", "actions", "action_hidden"}
-    ends |= {"previous", "prefix_weights", "max_weight"}
+    ends |= {"previous", "prefix_weights", "max_weight", "base"}
     assert {name for name, b in buffers.items() if b.dtype == torch.float32} == streams | ends
     config = small_config("pi05")
     plan = ShapePlan.of(config, views=[2], prompt_lengths=[3], samples=2)
@@ -158,6 +159,16 @@ def test_buffers_of_a_small_model() -> None:
     assert pi05["state"].shape == (0, 7)
     assert pi05["suffix_x"].shape == (10, 28) and pi05["suffix_k"].shape == (3, 10, 16)
     assert pi05["cache_k"].shape == (3, 11, 16)
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "adams_bashforth"])
+def test_solvers_of_second_order_have_one_buffer_more(solver: SolverName) -> None:
+    """In the flow alone; with Euler's there are no bytes for it, and the plans are not the same."""
+    config = small_config("pi0")
+    plain, plan = (ShapePlan.of(config, views=[2], prompt_lengths=[3], samples=2, solver=s) for s in ("euler", solver))
+    euler, buffers = ({b.name: b for b in plan_buffers(config, p, torch.bfloat16)} for p in (plain, plan))
+    assert buffers.pop("base") == Buffer("base", (10, 7), torch.float32, FLOW, FLOW)
+    assert euler.pop("base").nbytes == 0 and euler == buffers and plain != plan
 
 
 def test_a_partial_sum_per_64_columns() -> None:

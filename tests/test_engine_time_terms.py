@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models import MODEL_TYPES, fresh_engine, reference, rel_l2, small_config
 from pi0_engine.config import ModelType, Pi0Config
-from pi0_engine.engine.time_terms import Modulation, StepTerms, TimeTerms, flow_grid, time_embedding
+from pi0_engine.engine.solvers import flow_grid
+from pi0_engine.engine.time_terms import Modulation, StepTerms, TimeTerms, time_embedding
 from pi0_engine.engine.weights import TensorSource, pack_weights
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import flow_times

@@ -131,6 +131,50 @@ def test_rmsnorm_linear_euler(rows: int, k: int, actions: int, splits: int, dtyp
 
 
 @every_dtype
+@pytest.mark.parametrize("actions", [7, 32])
+@pytest.mark.parametrize(("rows", "k"), [(1, 48), (50, 200), (65, 72)])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rmsnorm_linear_second_order(rows: int, k: int, actions: int, splits: int, dtype: torch.dtype) -> None:
+    """Two points from one product, by the rule of the Euler step; some rows are given, or none."""
+    p, f32 = Problem("second order", dtype), torch.float32
+    stream = p.stream(rows, k)
+    stream.rounded.fill_(torch.nan)
+    config = {"rmsnorm_linear_euler": LaunchConfig(block_m=16, block_n=16, block_k=32, splits=splits, tma=rows == 50)}
+    for factors, index in (
+        ((0.0, 0.5), None),
+        ((1.0, 1.0), None),
+        ((0.5, 1.0), p.time_index(rows)),
+        ((1.0, 1.5), None),
+    ):
+        start = p.randn(rows, actions, dtype=f32)
+        args = (stream, p.weight(actions, k, f32), p.vector(actions), start, *factors, index)
+        outputs = {"base": unset(rows, actions), "actions": unset(rows, actions)}
+        check_kernel("rmsnorm_linear_second_order", config, args, outputs, f32)
+
+
+@pytest.mark.parametrize("start_is", ["base", "actions"])
+def test_two_points_start_where_one_of_them_was(start_is: str) -> None:
+    """In place, as in the flow loop: bit for bit what another tensor gives, and given rows stay as they are."""
+    p, rows = Problem("in place", torch.float32), 33
+    index, begin = p.time_index(rows).to(DEVICE), p.randn(rows, 7).to(DEVICE)
+    x = Stream(**{name: part.to(DEVICE) for name, part in p.stream(rows, 72).tensors.items()})
+    w, bias = p.weight(7, 72).to(DEVICE), p.vector(7).to(DEVICE)
+    config = LaunchConfig(block_m=16, block_n=16, block_k=32, splits=3)
+    rules = LaunchConfigs([Rule("rmsnorm_linear_euler", config, "")])
+    launcher = Launcher(TARGET, rules, concurrent=not INTERPRETED)
+    kernel = all_ops()["rmsnorm_linear_second_order"].load("triton", launcher)
+    expected = {"base": torch.empty_like(begin), "actions": torch.empty_like(begin)}
+    kernel(x, w, bias, begin, 0.5, 1.0, index, **expected, scratch=scratch())
+    found = {"base": torch.empty_like(begin), "actions": torch.empty_like(begin)}
+    found[start_is].copy_(begin)
+    kernel(x, w, bias, found[start_is], 0.5, 1.0, index, **found, scratch=scratch())
+    for name, point in found.items():
+        assert torch.equal(point, expected[name])
+        assert torch.equal(point[index == 1], begin[index == 1])
+        assert (point[index == 0] != begin[index == 0]).any(dim=1).all()
+
+
+@every_dtype
 @pytest.mark.parametrize(("rows", "n", "k", "config"), [SHAPES[1], SHAPES[3], SHAPES[5], SHAPES[6]])
 def test_tokens_with_times_of_their_own(rows: int, n: int, k: int, config: LaunchConfig, dtype: torch.dtype) -> None:
     """Each row takes its own of two gates and scales; the row behind the last stays untouched."""

@@ -26,6 +26,7 @@ from pi0_engine.kernels.norm_linear import (
     layernorm_linear,
     rmsnorm_geglu,
     rmsnorm_linear_euler,
+    rmsnorm_linear_second_order,
     rmsnorm_mlp_residual,
     rmsnorm_qkv_rope,
 )
@@ -241,6 +242,34 @@ def test_given_actions_stay_as_they_are() -> None:
     assert torch.equal(actions[index == 1], before[index == 1]) and torch.equal(actions[index == 0], plain[index == 0])
 
 
+@pytest.mark.parametrize("start_is", ["another", "base", "actions"])
+@pytest.mark.parametrize("factors", [(0.0, 0.5), (1.0, 1.5)])
+def test_rmsnorm_linear_second_order(factors: tuple[float, float], start_is: str, dtype: torch.dtype) -> None:
+    """Both points move on from where start was, whichever tensor it is in; the rounded copy is not read."""
+    x, w, bias, begin = randn(10, 13), weight(7, 13), randn(7), randn(10, 7)
+    base, actions = unset(10, 7), unset(10, 7)
+    start = {"another": begin.clone(), "base": base, "actions": actions}[start_is]
+    start.copy_(begin)
+    rows = stream(x, dtype)
+    rows.rounded.fill_(torch.nan)
+    rmsnorm_linear_second_order(rows, w, bias, start, *factors, base=base, actions=actions, scratch=SCRATCH)
+    y = rms_norm(x) @ w.double().T + bias.double()
+    check(base, begin.double() + factors[0] * y, torch.float32)
+    check(actions, begin.double() + factors[1] * y, torch.float32)
+
+
+def test_given_actions_stay_as_they_are_in_both_points() -> None:
+    x, w, bias, begin = randn(6, 13), weight(7, 13), randn(7), randn(6, 7)
+    index, base = torch.tensor([1, 1, 0, 1, 0, 0], dtype=torch.int32), unset(6, 7)
+    actions = begin.clone()
+    arguments = (stream(x, BF16), w, bias, actions, 0.5, 1.0, index)
+    rmsnorm_linear_second_order(*arguments, base=base, actions=actions, scratch=SCRATCH)
+    y = rms_norm(x) @ w.double().T + bias.double()
+    for point, factor in ((base, 0.5), (actions, 1.0)):
+        assert torch.equal(point[index == 1], begin[index == 1])
+        check(point[index == 0], (begin.double() + factor * y)[index == 0], torch.float32)
+
+
 def test_costs() -> None:
     """Six rows of width 8; bfloat16 weights, outputs and rounded rows; float32 sums, vectors and table."""
     x, scale, bias = stream(randn(6, 8), BF16), randn(8), randn(16)
@@ -290,3 +319,7 @@ def test_costs() -> None:
     cost = REGISTRY["rmsnorm_linear_euler"].cost(*arguments, actions=actions, scratch=SCRATCH)
     guide = 4 * (6 * 7 + 6 + 1)
     assert cost == Cost(2 * 6 * 7 * 8, 4 * 6 * 8 + 4 * 6 + 4 * (7 * 8 + 7) + 2 * 4 * 6 * 7 + guide)
+
+    arguments = (x, weight(7, 8), randn(7), actions, 1.0, 1.5)
+    cost = REGISTRY["rmsnorm_linear_second_order"].cost(*arguments, base=actions, actions=actions, scratch=SCRATCH)
+    assert cost == Cost(2 * 6 * 7 * 8, 4 * 6 * 8 + 4 * 6 + 4 * (7 * 8 + 7) + 3 * 4 * 6 * 7)

@@ -70,6 +70,7 @@ def test_the_ops_of_the_engine() -> None:
         "prefix_attention",
         "rmsnorm_geglu",
         "rmsnorm_linear_euler",
+        "rmsnorm_linear_second_order",
         "rmsnorm_mlp_residual",
         "rmsnorm_qkv_rope",
         "suffix_attention",

@@ -123,6 +123,18 @@ def test_bench_reports_stages_floor_baseline_and_memory(tmp_path: Path, capsys: 
         assert picture.size[0] > 500
 
 
+def test_bench_compares_with_the_reference_of_the_same_solver(capsys: pytest.CaptureFixture[str]) -> None:
+    """float32 within 1e-4, or it would be an error; midpoint's flow is twice Euler's work."""
+    arguments = ["bench", "--config", str(DATA / "pi0_tiny.json"), "--horizon", "10", "--num-steps", "3", "--runs", "1"]
+    reports = {
+        solver: run_json(capsys, *arguments, "--dtype", "float32", "--baseline", "reference", "--solver", solver)
+        for solver in ("euler", "midpoint", "adams_bashforth")
+    }
+    assert {solver: report["workload"]["solver"] for solver, report in reports.items()} == {s: s for s in reports}
+    work = {solver: report["engine"]["flow"]["flops"] for solver, report in reports.items()}
+    assert work["adams_bashforth"] == work["euler"] and 1.8 < work["midpoint"] / work["euler"] < 2
+
+
 def test_bench_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--config", str(DATA / "pi05_tiny.json"), "--runs", "1", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out
@@ -148,6 +160,8 @@ def test_infer_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with Image.open(plot) as picture:
         assert picture.size[0] > 500
     reply = run_json(capsys, *arguments, "--dtype", "float32")
+    other = run_json(capsys, *arguments, "--dtype", "float32", "--solver", "midpoint")
+    assert 0 < np.abs(np.subtract(other["actions"], reply["actions"])).max() < 1
     assert np.shape(reply["actions"]) == (50, 7) and reply["policy_timing"]["infer_ms"] > 0
     assert reply["state"][0] == -1.0
 

@@ -123,6 +123,7 @@ def test_an_unreadable_config_file_says_why(content: str | None, message: str, t
         ({"backend": "cuda"}, r"backend is 'cuda', expected one of \['auto', 'torch', 'triton'\]"),
         ({"attention": "cudnn"}, r"attention is 'cudnn', expected one of \['auto', 'torch', 'triton', 'flash_attn'\]"),
         ({"max_plans": 0}, "max_plans is 0, expected "),
+        ({"solver": "heun"}, r"solver is 'heun', expected one of \['euler', 'midpoint', 'adams_bashforth'\]"),
     ],
 )
 def test_unusable_engine_options_say_why(options: dict[str, Any], message: str) -> None:

@@ -239,7 +239,7 @@ def test_profile_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ["profile", "--config", TINY, "--random-weights", "0", "--dtype", "float32", "--runs", "1"]
     assert main([*arguments, "--plot", str(plot), "--trace", str(trace), "--views", "1", "--num-steps", "2"]) == 0
     text = capsys.readouterr().out
-    assert "pi0, float32, 1 views, prompt 20, chunk 50, 1 samples, 2 steps, 1 runs" in text
+    assert "pi0, float32, 1 views, prompt 20, chunk 50, 1 samples, 2 steps (euler), 1 runs" in text
     assert "rmsnorm_mlp_residual" in text and "an inference without a graph" in text
     with Image.open(plot) as picture:
         assert picture.size[0] > 800

@@ -14,7 +14,7 @@ import pytest
 
 from pi0_engine.cli import main
 from pi0_engine.commands.replay import default_tolerance
-from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
+from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig, SolverName
 from pi0_engine.guards import check
 from pi0_engine.normalization import NormStats
 from pi0_engine.policy import Pi0Policy, SubtaskPlanner
@@ -52,13 +52,17 @@ def robot_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_policy(
-    robot: str | Path, dtype: str = "float32", seed: int | None = None, rtc: RtcConfig | None = None
+    robot: str | Path,
+    dtype: str = "float32",
+    seed: int | None = None,
+    rtc: RtcConfig | None = None,
+    solver: SolverName = "euler",
 ) -> Pi0Policy:
     return Pi0Policy.from_checkpoint(
         RandomCheckpoint(MODEL, SEED),
         robot=robot,
         config=MODEL,
-        engine=EngineConfig(dtype=dtype),  # type: ignore[arg-type]
+        engine=EngineConfig(dtype=dtype, solver=solver),  # type: ignore[arg-type]
         tokenizer=demo_tokenizer(),
         norm_stats=NormStats.identity(),
         seed=seed,
@@ -99,6 +103,18 @@ def test_the_recorded_policy_repeats_to_the_bit(recording: Path, capsys: pytest.
     assert (result["compared"], result["wrong"], result["unanswered"], result["skipped"]) == (4, 0, 0, [])
     assert [row["record"] for row in result["rows"]] == [f"segment-000001/{n:06d}" for n in (1, 2, 3, 4)]
     assert all(row["max_abs"] == 0 and row["recorded_ms"] > 0 and row["replayed_ms"] > 0 for row in result["rows"])
+
+
+def test_the_recorded_solver_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recording that does not name one is older than the choice: Euler's."""
+    recorded = make_policy("libero", solver="midpoint")
+    with Recorder(tmp_path, describe_policy(recorded, random_weights=SEED)) as recorder:
+        RecordingPolicy(recorded, recorder, seed=7).infer(observation(0))
+    assert replay(capsys, tmp_path)["max_rel_l2"] == 0
+    described = json.loads((tmp_path / "recording.json").read_text())
+    assert described["engine"].pop("solver") == "midpoint"
+    (tmp_path / "recording.json").write_text(json.dumps(described))
+    assert replay(capsys, tmp_path, expect=1)["max_rel_l2"] > 1e-4
 
 
 def test_a_recording_policy_answers_as_the_policy_does(policy: Pi0Policy, recording: Path, tmp_path: Path) -> None:
@@ -213,7 +229,7 @@ def test_the_tolerance_is_reasoned() -> None:
 def test_what_decides_rounding_is_described(policy: Pi0Policy) -> None:
     described = describe_engine(policy.engine)
     assert (described["device"], described["dtype"], described["backend"]) == ("cpu", "float32", "auto")
-    assert (described["attention"], described["launch_configs"]) == ("auto", None)
+    assert (described["attention"], described["launch_configs"], described["solver"]) == ("auto", None, "euler")
     assert set(described["machine"]) == {"device", "threads", "torch"}
 
 

@@ -276,6 +276,17 @@ def test_a_chunk_continues_the_one_in_execution(server: BackgroundServer) -> Non
         assert answer["rtc"]["reason"] == "the episode has no chunk yet"
 
 
+def test_a_solver_that_cannot_be_guided_refuses_to_continue() -> None:
+    """With the first message that asks: no robot learns it with a chunk in execution. Others are answered."""
+    second_order = fresh_policy(solver="adams_bashforth")
+    with serving(lambda: second_order) as running, connect(running.port) as connection:
+        refused = ask(connection, **observation(), pi0_engine={"rtc": {"executed": 0, "delay": 0}})
+        assert refused["code"] == "bad_request" and "the solver is 'adams_bashforth'" in refused["message"]
+        answer = ask(connection, **observation(), pi0_engine={"seed": 2})
+        expected = second_order.infer(observation(), noise=noise(np.random.default_rng(2)))
+        np.testing.assert_array_equal(answer["actions"], expected["actions"])
+
+
 def test_without_a_delay_the_latency_of_the_session_counts() -> None:
     gated, control_hz = Gated.make(), 1000.0
     robot = dataclasses.replace(gated.transform.robot, control_hz=control_hz)

@@ -1,5 +1,5 @@
 """Linear layers on the GPU: one kernel for ``linear``, ``layernorm_linear``, ``linear_residual``, ``patch_embed`` and
-``rmsnorm_linear_euler``.
+the ends of a network call, ``rmsnorm_linear_euler`` and ``rmsnorm_linear_second_order``.
 
 A program computes one tile of x [rows, K] @ weight [N, K]^T, or one part of its sum, and everything that follows it:
 the norm's row factor, bias or position, activation, gate, residual, and what the next layer's norm needs.
@@ -36,6 +36,7 @@ STORE, BEGIN_STREAM, ADD_TO_STREAM, ADD = (tl.constexpr(i) for i in range(4))
 NO_ACTIVATION, GELU, SILU = (tl.constexpr(i) for i in range(3))
 _ACTIVATIONS = {None: NO_ACTIVATION, "gelu": GELU, "silu": SILU}
 _NO_GUIDE = dict.fromkeys(("previous", "prefix_weights", "max_weight", "step_weight", "time", "dt"))
+_NO_BASE = dict.fromkeys(("start", "base", "base_factor", "actions_factor"))
 
 
 @triton.jit
@@ -58,6 +59,10 @@ def linear_kernel(
     step_weight,
     time,
     dt,  # numbers
+    start,  # float32 [rows, N]: what is added to instead of out, or None
+    base,  # float32 [rows, N]: another such sum
+    base_factor,
+    actions_factor,  # numbers: how much of the product goes into base and into out
     time_index,  # int32 [rows], or None
     partials,
     counters,
@@ -113,12 +118,19 @@ def linear_kernel(
     at = row[:, None] * N + column[None, :]
     mask = (row < rows)[:, None] & (column < N)[None, :]
     if OUTPUT == ADD or OUTPUT == ADD_TO_STREAM:
-        before = tl.load(out + at, mask=mask, other=0.0)
+        if base is not None:
+            before = tl.load(start + at, mask=mask, other=0.0)
+        else:
+            before = tl.load(out + at, mask=mask, other=0.0)
         if previous is not None:
             g = tl.minimum(step_weight, tl.load(max_weight)) * tl.load(prefix_weights + row, mask=row < rows, other=0.0)
             y -= g[:, None] * (time * y + dt * (tl.load(previous + at, mask=mask, other=0.0) - before))
+        if OUTPUT == ADD:
             if time_index is not None:  # given rows stay as they are
                 y = tl.where((tl.load(time_index + row, mask=row < rows, other=0) == 0)[:, None], y, 0.0)
+        if base is not None:
+            tl.store(base + at, before + base_factor * y, mask=mask)
+            y *= actions_factor
         y += before
     if OUTPUT == STORE or OUTPUT == ADD:
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
@@ -239,6 +251,37 @@ def rmsnorm_linear_euler(
     )
 
 
+def rmsnorm_linear_second_order(
+    launcher: Launcher,
+    x: Stream,
+    weight: Tensor,
+    bias: Tensor,
+    start: Tensor,
+    base_factor: float,
+    actions_factor: float,
+    time_index: Tensor | None = None,
+    *,
+    base: Tensor,
+    actions: Tensor,
+    scratch: Scratch,
+) -> None:
+    """By the Euler step's launch configuration: the product, and so its tiles, are the same."""
+    _launch(
+        launcher,
+        "rmsnorm_linear_second_order",
+        x.x,
+        weight,
+        actions,
+        scratch,
+        norm_of=x,
+        bias=bias,
+        time_index=time_index,
+        add=True,
+        configured_as="rmsnorm_linear_euler",
+        based={"start": start, "base": base, "base_factor": base_factor, "actions_factor": actions_factor},
+    )
+
+
 def _launch(
     launcher: Launcher,
     op: str,
@@ -255,10 +298,15 @@ def _launch(
     time_index: Tensor | None = None,
     add: bool = False,
     guide: dict[str, Any] | None = None,
+    based: dict[str, Any] | None = None,
+    configured_as: str | None = None,
 ) -> None:
-    """x [rows, K], weight [N, K] of one dtype; the rest as in the kernel."""
+    """x [rows, K], weight [N, K] of one dtype; the rest as in the kernel.
+
+    ``configured_as`` names the op by whose launch configurations it runs, where it has none of its own.
+    """
     rows, (n, k) = x.shape[0], weight.shape
-    config = launcher.config(op, rows=rows, n=n, k=k, dtype=weight.dtype)
+    config = launcher.config(configured_as or op, rows=rows, n=n, k=k, dtype=weight.dtype)
     tiles = divide(rows, config.block_m) * divide(n, config.block_n)
     splits = splits_that_fit(config, tiles, config.block_m * config.block_n, scratch)
     stream = out if isinstance(out, Stream) else None
@@ -277,6 +325,7 @@ def _launch(
         "out_sums": stream.sums if stream else None,
         "next_scale": next_scale,
         **(guide or _NO_GUIDE),
+        **(based or _NO_BASE),
         "time_index": time_index,
         "partials": scratch.partials,
         "counters": scratch.counters,

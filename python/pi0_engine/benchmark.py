@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pi0_engine.cases import Difference, sample_reference
-from pi0_engine.config import CAMERA_SLOTS, EngineConfig, Pi0Config
+from pi0_engine.config import CAMERA_SLOTS, EngineConfig, Pi0Config, SolverName
 from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import count_work, work_per_stage
@@ -109,6 +109,7 @@ def run_benchmark(
             "prompt_tokens": work.prompt_tokens,
             "horizon": work.horizon,
             "num_steps": work.num_steps,
+            "solver": engine_config.solver,
             "seed": work.seed,
         },
         "dtype": str(engine.dtype).removeprefix("torch."),
@@ -122,7 +123,7 @@ def run_benchmark(
     del engine  # the reference needs as much memory again
     gc.collect()
     if baseline:
-        report["baseline"] = _measure_reference(work, device, dtype, actions, runs, progress)
+        report["baseline"] = _measure_reference(work, engine_config.solver, device, dtype, actions, runs, progress)
         report["speedup"] = report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"]
     return report
 
@@ -154,12 +155,18 @@ def _against_floor(
 
 
 def _measure_reference(
-    work: Workload, device: torch.device, dtype: torch.dtype, engine_actions: Tensor, runs: int, progress: bool
+    work: Workload,
+    solver: SolverName,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine_actions: Tensor,
+    runs: int,
+    progress: bool,
 ) -> dict[str, float]:
     checkpoint = RandomCheckpoint(work.config, work.seed, dtype)
     model = Pi0Reference.from_tensors(work.config, checkpoint.tensor, dtype).to(device)
     inputs, noise = work.inputs()
-    actions = sample_reference(model, inputs, noise[0], work.num_steps)  # the warm-up as well
+    actions = sample_reference(model, inputs, noise[0], work.num_steps, solver)  # the warm-up as well
     difference = Difference.between(engine_actions, actions)
     if not difference.rel_l2 <= AGREEMENT[dtype]:
         raise ValueError(
@@ -168,7 +175,7 @@ def _measure_reference(
     times = []
     for _ in tqdm(range(runs), "reference", disable=not progress, leave=False):
         started = time.perf_counter()
-        sample_reference(model, inputs, noise[0], work.num_steps)
+        sample_reference(model, inputs, noise[0], work.num_steps, solver)
         times.append(time.perf_counter() - started)
     prefix = inputs.image_masks.shape[1] * work.config.vision.num_patches + work.config.token_capacity
     return {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0_engine.config import CAMERA_SLOTS, GemmaConfig, Pi0Config, SiglipConfig
+from pi0_engine.config import CAMERA_SLOTS, GemmaConfig, Pi0Config, SiglipConfig, SolverName
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.reference import Pi0Reference
@@ -101,7 +101,9 @@ def load_case(path: str | Path) -> Case:
     )
 
 
-def sample_reference(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int) -> Tensor:
+def sample_reference(
+    model: Pi0Reference, inputs: ModelInputs, noise: Tensor, num_steps: int, solver: SolverName = "euler"
+) -> Tensor:
     """The reference's actions float32 [B, H, action_dim] on the CPU, for noise of that shape, on the model's device.
 
     Frames are resized first.
@@ -116,6 +118,7 @@ def sample_reference(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, nu
         inputs.state.to(device),
         noise.to(device),
         num_steps,
+        solver,
     ).cpu()
 
 

@@ -80,7 +80,7 @@ class Pi0Config:
         action_dim: width of padded state and action vectors (32 in every published checkpoint).
         max_token_len: prompt capacity in tokens; ``None`` takes 48 for π0, 200 for π0.5.
         action_horizon: actions per chunk.
-        num_steps: Euler flow steps per chunk.
+        num_steps: flow steps per chunk.
         discrete_state_input: whether the prompt carries the discretised state; ``None`` means "π0.5 does".
             ``pi05_libero`` sets it to false and then sees no state at all.
 
@@ -153,6 +153,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 BackendName = Literal["auto", "torch", "triton"]
 AttentionName = Literal["auto", "torch", "triton", "flash_attn"]
 FlowTimes = Literal["openpi", "lerobot"]
+SolverName = Literal["euler", "midpoint", "adams_bashforth"]
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class EngineConfig:
             None takes 16 on a GPU, and 1 on a CPU, where a new shape costs nothing and padding does.
         max_plans: how many sets of working buffers and graphs (one per shape) are kept before the oldest is freed.
         launch_configs: a JSON file of launch configurations (``pi0-engine tune`` writes them) instead of those shipped.
-        flow_times: whose rounding of the flow steps' times is followed; see ``engine.time_terms.flow_grid``.
+        flow_times: whose rounding of the flow steps' times is followed; see ``engine.solvers.flow_grid``.
+        solver: how the flow is integrated: ``"euler"`` as published, or of second order ``"midpoint"``, which calls the
+            network twice per flow step, or ``"adams_bashforth"``, once (docs/solvers.md).
         nvtx: mark stages, layers and ops for NVIDIA's profilers; only seen without a CUDA graph.
     """
 
@@ -183,10 +186,17 @@ class EngineConfig:
     max_plans: int = 8
     launch_configs: str | None = None
     flow_times: FlowTimes = "openpi"
+    solver: SolverName = "euler"
     nvtx: bool = False
 
     def __post_init__(self) -> None:
-        named = {"dtype": DtypeName, "backend": BackendName, "attention": AttentionName, "flow_times": FlowTimes}
+        named = {
+            "dtype": DtypeName,
+            "backend": BackendName,
+            "attention": AttentionName,
+            "flow_times": FlowTimes,
+            "solver": SolverName,
+        }
         for name, kind in named.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {list(get_args(kind))}")

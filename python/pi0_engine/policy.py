@@ -123,19 +123,12 @@ class Pi0Policy:
         Raises:
             ValueError: anything missing, unexpected or inconsistent, named.
         """
-        declared = get_robot(robot)
         if isinstance(source, Checkpoint):
             checkpoint = source
         else:
             checkpoint = open_checkpoint(source, config=config, revision=revision)
-        model = checkpoint.config if config is not None else _configured(checkpoint, declared)
-        if not isinstance(norm_stats, NormStats):
-            norm_stats = load_norm_stats(norm_stats or checkpoint.path, model, asset_id=asset_id)
-        transform = ObservationTransform(
-            robot=declared,
-            stats=norm_stats,
-            tokenizer=load_tokenizer(tokenizer or find_tokenizer(checkpoint.path), model),
-            config=model,
+        transform = load_transform(
+            checkpoint, robot, config=config, tokenizer=tokenizer, norm_stats=norm_stats, asset_id=asset_id
         )
         return cls(Engine(checkpoint, engine, progress=progress), transform, subtask=subtask, seed=seed, rtc=rtc)
 
@@ -184,7 +177,7 @@ class Pi0Policy:
                 [num_samples, H, action_dim] or [B, num_samples, H, action_dim]); its H sets the horizon.
             seed: draws the noise reproducibly, in place of ``noise``.
             num_samples: candidate chunks per observation; they share its prefix, so further ones are cheap.
-            num_steps: Euler flow steps; None takes the checkpoint's (10).
+            num_steps: flow steps; None takes the checkpoint's (10).
             leftover: what is left of the chunk in execution, which the new one then continues (all of its samples do):
                 element k of the actions is for the same control step as ``leftover.actions[k]``. Actions beyond the
                 horizon are not used. For a list of observations a list, with None where there is nothing to continue.
@@ -198,7 +191,8 @@ class Pi0Policy:
 
         Raises:
             ObservationError: an observation or prompt that cannot be used, named.
-            ValueError: noise or a leftover that cannot be used, named.
+            ValueError: noise or a leftover that cannot be used, named; a leftover in guided mode where the engine's
+                solver is not Euler's.
         """
         started = time.perf_counter()
         single = not isinstance(observation, Sequence)
@@ -268,6 +262,32 @@ def _per_observation(
         kinds = [type(item).__name__ for item in given]
         raise ValueError(f"leftover holds {kinds}, expected {batch} of Leftover or None, one for each observation")
     return given
+
+
+def load_transform(
+    checkpoint: Checkpoint,
+    robot: str | Path | Robot,
+    *,
+    config: Pi0Config | None = None,
+    tokenizer: str | Path | None = None,
+    norm_stats: str | Path | NormStats | None = None,
+    asset_id: str | None = None,
+) -> ObservationTransform:
+    """What stands between a robot and a checkpoint's network; arguments as of :meth:`Pi0Policy.from_checkpoint`.
+
+    Raises:
+        ValueError: anything missing or inconsistent, named.
+    """
+    declared = get_robot(robot)
+    model = checkpoint.config if config is not None else _configured(checkpoint, declared)
+    if not isinstance(norm_stats, NormStats):
+        norm_stats = load_norm_stats(norm_stats or checkpoint.path, model, asset_id=asset_id)
+    return ObservationTransform(
+        robot=declared,
+        stats=norm_stats,
+        tokenizer=load_tokenizer(tokenizer or find_tokenizer(checkpoint.path), model),
+        config=model,
+    )
 
 
 def _configured(checkpoint: Checkpoint, robot: Robot) -> Pi0Config:

@@ -97,6 +97,7 @@ def profile(engine: Engine, work: Workload, *, runs: int, progress: bool = False
             "prompt_tokens": work.prompt_tokens,
             "horizon": work.horizon,
             "num_steps": work.num_steps,
+            "solver": engine.engine_config.solver,
             "samples": work.samples,
         },
         "device": str(engine.device),

@@ -208,11 +208,11 @@ def describe_policy(policy: Pi0Policy, **sources: Any) -> dict[str, Any]:
 
 
 def describe_engine(engine: Engine) -> dict[str, Any]:
-    """What decides how an engine rounds."""
+    """What decides what an engine computes and how it rounds."""
     machine = describe_machine(engine.device)
     return {
         "device": engine.device.type,
         "dtype": str(engine.dtype).removeprefix("torch."),
-        **{name: getattr(engine.engine_config, name) for name in ("backend", "attention", "launch_configs")},
+        **{name: getattr(engine.engine_config, name) for name in ("backend", "attention", "launch_configs", "solver")},
         "machine": {name: machine[name] for name in ("device", "threads", "torch")},
     }

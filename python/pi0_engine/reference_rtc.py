@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pi0_engine.reference import Pi0Reference, flow_times
+from pi0_engine.config import SolverName
+from pi0_engine.reference import Pi0Reference, flow_times, integrate
 from pi0_engine.reference_layers import KVCache
 
 Jacobian = Literal["identity", "full"]
@@ -100,6 +101,7 @@ def sample_with_prefix(
     rows: Sequence[int],
     *,
     num_steps: int | None = None,
+    solver: SolverName = "euler",
 ) -> Tensor:
     """``Pi0Reference.sample_actions`` of a π0.5 whose first ``rows[b]`` actions are given: those of ``previous``.
 
@@ -109,9 +111,10 @@ def sample_with_prefix(
     given = torch.arange(noise.shape[1])[None, :] < torch.tensor(rows)[:, None]
     prefix, pad_mask = model.embed_prefix(images, image_masks, tokens, token_mask)
     cache = model.prefill(prefix, pad_mask)
-    x_t = torch.where(given[..., None], previous, noise)
-    for time, dt in flow_times(model.config.num_steps if num_steps is None else num_steps):
-        times = torch.where(given, 0.0, time)
-        v = model.velocity(state, pad_mask, cache, x_t, times)
-        x_t = torch.where(given[..., None], previous, x_t + dt * v)
-    return x_t
+
+    def velocity(x_t: Tensor, time: Tensor) -> Tensor:
+        v = model.velocity(state, pad_mask, cache, x_t, torch.where(given, 0.0, time))
+        return v.masked_fill(given[..., None], 0.0)
+
+    start = torch.where(given[..., None], previous, noise)
+    return integrate(velocity, start, model.config.num_steps if num_steps is None else num_steps, solver)

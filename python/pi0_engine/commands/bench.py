@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pi0_engine.benchmark import Workload, run_benchmark
-from pi0_engine.commands.options import Attention, Backend, Dtype, print_json, show_progress, table
+from pi0_engine.commands.options import Attention, Backend, Dtype, Solver, print_json, show_progress, table
 from pi0_engine.config import EngineConfig, Pi0Config
 
 
@@ -33,7 +33,9 @@ class Bench:
     horizon: int | None = None
     """Actions per chunk; the model's (50) where not given."""
     num_steps: int | None = None
-    """Euler flow steps; the model's (10) where not given."""
+    """Flow steps; the model's (10) where not given."""
+    solver: Solver = "euler"
+    """Of the flow: 'midpoint' calls the network twice per flow step, the others once (docs/solvers.md)."""
     dtype: Dtype = "auto"
     """'auto' is bfloat16 where the processor computes it, else float32."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -65,6 +67,7 @@ class Bench:
             attention=self.attention,
             use_cuda_graph=self.cuda_graph,
             launch_configs=self.launch_configs,
+            solver=self.solver,
         )
         if self.layers:
             return self._layers(config, engine)
@@ -139,7 +142,7 @@ def _text(report: dict[str, Any]) -> str:
     machine, ceilings, work = report["machine"], report["ceilings"], report["workload"]
     lines = [
         f"{work['model']}, {report['dtype']}, {work['views']} views, prompt {work['prompt_tokens']}, "
-        f"chunk {work['horizon']}, {work['num_steps']} steps, {report['runs']} runs",
+        f"chunk {work['horizon']}, {work['num_steps']} steps ({work['solver']}), {report['runs']} runs",
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}: measured "
         f"{ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s, {ceilings['bytes_per_s'] / 1e9:.1f} GB/s",
         "",

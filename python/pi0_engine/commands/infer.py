@@ -10,7 +10,7 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pi0_engine.commands.options import Backend, Dtype, ModelOptions, print_json, show_progress, table
+from pi0_engine.commands.options import Backend, Dtype, ModelOptions, Solver, print_json, show_progress, table
 from pi0_engine.config import EngineConfig
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.robots import Camera, Robot, get_robot
@@ -45,7 +45,9 @@ class Infer:
     num_samples: int = 1
     """Candidate chunks from one prefix."""
     num_steps: int | None = None
-    """Euler flow steps; the checkpoint's (10) where not given."""
+    """Flow steps; the checkpoint's (10) where not given."""
+    solver: Solver = "euler"
+    """Of the flow: 'midpoint' calls the network twice per flow step, the others once (docs/solvers.md)."""
     seed: int = 0
     """Of the noise."""
     device: str = "cpu"
@@ -88,7 +90,11 @@ class Infer:
         return self.model.policy(
             robot,
             EngineConfig(
-                device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
+                device=self.device,
+                dtype=self.dtype,
+                backend=self.backend,
+                launch_configs=self.launch_configs,
+                solver=self.solver,
             ),
             tokenizer=self.tokenizer,
             norm_stats=self.norm_stats,

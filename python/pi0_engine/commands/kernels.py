@@ -100,6 +100,8 @@ class Kernels:
             if config.is_pi05:
                 (where, plan), *_ = plans.items()
                 plans[f"{where} and a given prefix"] = dataclasses.replace(plan, per_token_time=True)
+            (where, plan), *_ = plans.items()
+            plans[f"{where} and a solver of second order"] = dataclasses.replace(plan, solver="midpoint")
             for where, plan in plans.items():
                 for launch in trace.record_launches(config, plan, getattr(torch, self.dtype), target):
                     if self.op in (None, launch.op):

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
-from pi0_engine.config import AttentionName, BackendName, DtypeName, EngineConfig, Pi0Config
+from pi0_engine.config import AttentionName, BackendName, DtypeName, EngineConfig, Pi0Config, SolverName
 from pi0_engine.normalization import NormStats
 from pi0_engine.policy import DEFAULT_RTC, Pi0Policy
 from pi0_engine.random_weights import RandomCheckpoint
@@ -22,6 +22,7 @@ from pi0_engine.tokenizer_files import demo_tokenizer
 Attention = AttentionName
 Backend = BackendName
 Dtype = DtypeName
+Solver = SolverName
 
 
 @dataclass(frozen=True)

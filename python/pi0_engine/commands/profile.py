@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pi0_engine.benchmark import Workload
-from pi0_engine.commands.options import Backend, Dtype, ModelOptions, print_json, show_progress, table
+from pi0_engine.commands.options import Backend, Dtype, ModelOptions, Solver, print_json, show_progress, table
 from pi0_engine.config import EngineConfig
 from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.graph import summarize
@@ -41,7 +41,9 @@ class Profile:
     horizon: int | None = None
     """Actions per chunk; the model's (50) where not given."""
     num_steps: int | None = None
-    """Euler flow steps; the model's (10) where not given."""
+    """Flow steps; the model's (10) where not given."""
+    solver: Solver = "euler"
+    """Of the flow: 'midpoint' calls the network twice per flow step, the others once (docs/solvers.md)."""
     samples: int = 1
     """Candidate chunks from one prefix."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -100,6 +102,7 @@ class Profile:
             backend=self.backend,
             launch_configs=self.launch_configs,
             nvtx=self.nvtx,
+            solver=self.solver,
         )
         return Engine(checkpoint, engine_config, progress=show_progress(self.json)), work
 
@@ -128,7 +131,8 @@ def _text(report: dict[str, Any]) -> str:
     implementations = sorted({op["implementation"] for op in report["ops"]})
     lines = [
         f"{work['model']}, {report['dtype']}, {work['views']} views, prompt {work['prompt_tokens']}, "
-        f"chunk {work['horizon']}, {work['samples']} samples, {work['num_steps']} steps, {report['runs']} runs",
+        f"chunk {work['horizon']}, {work['samples']} samples, {work['num_steps']} steps ({work['solver']}), "
+        f"{report['runs']} runs",
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, ops by "
         f"{', '.join(implementations)}: measured {ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s, "
         f"{ceilings['bytes_per_s'] / 1e9:.1f} GB/s",

@@ -142,6 +142,7 @@ class Replay:
                 backend=self.backend or _value(engine, "backend") or "auto",
                 attention=_value(engine, "attention") or "auto",
                 launch_configs=self.launch_configs,
+                solver=_value(engine, "solver") or "euler",  # older recordings do not say: there was no other
             ),
             tokenizer=self.tokenizer or _value(source, "tokenizer") or (demo_tokenizer() if is_random else None),
             norm_stats=self.norm_stats or _value(source, "norm_stats") or (NormStats.identity() if is_random else None),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from pi0_engine.commands.options import Backend, Dtype, ModelOptions, show_progress
+from pi0_engine.commands.options import Backend, Dtype, ModelOptions, Solver, show_progress
 from pi0_engine.config import EngineConfig
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.recording import Recorder, describe_policy
@@ -57,6 +57,9 @@ class Serve:
     backend: Backend = "auto"
     launch_configs: str | None = None
     """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
+    solver: Solver = "euler"
+    """Of the flow: 'midpoint' calls the network twice per flow step, the others once. Only 'euler' continues chunks in
+    guided mode (docs/solvers.md)."""
     tokenizer: str | None = None
     """Sentencepiece .model or tokenizer.json; looked for beside the checkpoint and in caches where not given."""
     norm_stats: str | None = None
@@ -147,7 +150,11 @@ class Serve:
         return self.model.policy(
             robot,
             EngineConfig(
-                device=self.device, dtype=self.dtype, backend=self.backend, launch_configs=self.launch_configs
+                device=self.device,
+                dtype=self.dtype,
+                backend=self.backend,
+                launch_configs=self.launch_configs,
+                solver=self.solver,
             ),
             tokenizer=self.tokenizer,
             norm_stats=self.norm_stats,

@@ -72,7 +72,7 @@ class Sampler:
             state: [B, max_state_dim]; None for π0.5.
             device: where lerobot draws its noise.
             noise: [B, chunk_size, max_action_dim]; None draws it as lerobot does, from torch's generator.
-            num_steps: Euler steps; None takes the policy's.
+            num_steps: flow steps; None takes the policy's.
             inference_delay, prev_chunk_left_over, execution_horizon: of :func:`guide_of`; read only if the policy's
                 ``rtc_config`` is enabled, as in lerobot.
 

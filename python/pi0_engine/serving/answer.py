@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pi0_engine.engine.guidance import check_guidable
 from pi0_engine.guards import GuardReport, GuardViolation, check, check_age
 from pi0_engine.inputs import NotFiniteError
 from pi0_engine.observation import ObservationError
@@ -125,6 +126,11 @@ class Responder:
         asked, session, chunks = job.request.continues, job.session, job.episode.chunks
         if asked is None:
             return None, None
+        if self.policy.rtc.mode == "guided":
+            try:  # with the first message, not when a chunk is in execution
+                check_guidable(self.policy.engine.engine_config.solver)
+            except ValueError as error:
+                raise Refusal("bad_request", str(error)) from error
         sequence = asked.sequence if asked.sequence is not None else next(reversed(chunks), None)
         chunk = None if sequence is None else chunks.get(sequence)
         if chunk is None:
