@@ -5,6 +5,8 @@ hypothesis may be missing: what runs on a GPU does without it.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 
 import pytest
@@ -20,6 +22,10 @@ except ImportError:
 # Without a GPU the Triton kernels run in Triton's interpreter; each decides so when its module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Triton's LLVM crashes in a process that has loaded Mesa's, which draws the simulator's frames: Triton goes first.
+if importlib.util.find_spec("triton") is not None:
+    importlib.import_module("triton")
 
 FULL_SIZE = (
     "published sizes: each needs about 15 GB of memory and some minutes; run them with `pytest -m full_size`"
