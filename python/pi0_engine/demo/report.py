@@ -161,7 +161,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
         axis.errorbar(rate, row, xerr=[[rate - low], [high - rate]], fmt="o", color="tab:blue", capsize=3, markersize=5)
     axis.set_yticks(range(len(settings)), list(settings))
     axis.invert_yaxis()
-    axis.set_xlim(0, 100)
+    axis.set_xlim(0, 101.5)  # a marker at 100 is seen whole
     axis.set_xlabel("episodes that succeed, %; shaded: the reference's 95 % interval")
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
