@@ -31,6 +31,9 @@ CODE := setup.py python kernels engine benchmarks tests
 OUTPUT := build/gpu
 BUDGET := 480
 
+# What `make demo` asks for: one of the trained instructions.
+PROMPT := open the drawer
+
 # What `make fuzz` sends.
 MESSAGES := 100000
 SEED := 0
@@ -40,8 +43,8 @@ SEED := 0
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.plot  ## run π0 with a small model on example frames: a picture, timings, parity
-	$(BIN)/pi0-engine demo
+demo: $(VENV)/.demo  ## a small trained π0 drives a simulated robot: a film, a plot, timings, parity (PROMPT=)
+	$(BIN)/pi0-engine demo --prompt "$(PROMPT)"
 
 test: lint  ## lint, then all tests
 	$(BIN)/pytest
@@ -75,7 +78,7 @@ typecheck: $(VENV)/.dev  ## types alone
 	MYPYPATH=build/types $(BIN)/mypy -p pi0_engine -p lerobot_policy_pi0_engine
 
 clean:  ## remove everything that was built, .venv and .venv-lerobot too
-	rm -rf $(VENV) $(LEROBOT_VENV) $(LEROBOT_PLUGIN)/build $(LEROBOT_PLUGIN)/*.egg-info build dist *.egg-info demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LEROBOT_VENV) $(LEROBOT_PLUGIN)/build $(LEROBOT_PLUGIN)/*.egg-info build dist *.egg-info demo.gif demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find python kernels engine tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/pi0_engine/_C*.so
 
@@ -101,10 +104,13 @@ $(VENV)/.torch: $(VENV)/.python
 	fi
 	@touch $@
 
-# The package in editable mode with an extra: .venv/.plot, .venv/.dev. Done again when the extension changes.
-$(VENV)/.plot $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
-	@echo "installing pi0-engine [$*]"
-	@$(PIP) install -e '.[$*]'
+$(VENV)/.demo: EXTRAS := plot,sim
+$(VENV)/.dev: EXTRAS := dev
+
+# The package in editable mode with extras. Done again when the extension changes.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "installing pi0-engine [$(EXTRAS)]"
+	@$(PIP) install -e '.[$(EXTRAS)]'
 	@if [ $* = dev ]; then $(PIP) install --no-deps openpi-client==$(OPENPI_CLIENT); fi
 	@touch $@
 

@@ -100,6 +100,7 @@ OPTIONAL = (
     "prometheus_client",
     "ray",
     "rerun",
+    "scipy",
     "starlette",
     "tensorstore",
     "transformers",

@@ -12,6 +12,7 @@ import tyro
 from pi0_engine.commands.bench import Bench
 from pi0_engine.commands.demo import Demo
 from pi0_engine.commands.env import Env
+from pi0_engine.commands.eval import Eval
 from pi0_engine.commands.infer import Infer
 from pi0_engine.commands.kernels import Kernels
 from pi0_engine.commands.profile import Profile
@@ -23,6 +24,7 @@ from pi0_engine.commands.verify import Verify
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Infer, tyro.conf.subcommand("infer")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Simulate, tyro.conf.subcommand("simulate")]

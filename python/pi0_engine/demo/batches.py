@@ -49,7 +49,7 @@ class Batches:
     def draw(self, size: int, generator: torch.Generator, *, clean: bool, device: str = "cpu") -> Batch:
         """``size`` observations, of the clean demonstrations alone or of all."""
         parts = self._parts["clean"] if clean else self._parts["clean"] + self._parts["noisy"]
-        rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         frames, states, chunks, valid, tokens = [], [], [], [], []
         for number in rng.integers(len(parts), size=size):
             task, part = parts[number]

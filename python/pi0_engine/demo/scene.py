@@ -6,7 +6,9 @@ object and the goal are, it has to see.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import os
 from types import ModuleType, TracebackType
 from typing import Any
@@ -128,6 +130,10 @@ class Scene:
             self._film = self._make_renderer(width, height)
         return self._render(self._film, self._cameras["observation/side"])
 
+    def joint_degrees(self, joint: str) -> float:
+        """The angle of a hinge of the scene, by mujoco's name."""
+        return math.degrees(float(self._environment.data.joint(joint).qpos[0]))
+
     def _cheapen(self) -> None:
         """Without shadows, reflections and multisampling a processor renders 20 times as many frames."""
         model = self._environment.model
@@ -179,6 +185,8 @@ def load_simulator() -> ModuleType:
     missing = [name for name in ("metaworld", "mujoco") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"the simulator needs {' and '.join(missing)}: pip install 'pi0-engine[sim]'")
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")  # its LLVM crashes where Mesa's, which renders, was loaded first
     if "MUJOCO_GL" in os.environ:
         return _import_mujoco()
     errors = []

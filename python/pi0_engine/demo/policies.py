@@ -1,0 +1,76 @@
+"""Who drives: the engine, or the plain PyTorch reference in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pi0_engine.cases import sample_reference
+from pi0_engine.checkpoint import open_checkpoint
+from pi0_engine.config import EngineConfig, Pi0Config
+from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.policy import Pi0Policy, load_transform
+from pi0_engine.reference import Pi0Reference
+from pi0_engine.rtc import Leftover
+from pi0_engine.transforms import ObservationTransform
+
+ROBOT = "metaworld"
+
+
+class ReferencePolicy:
+    """The reference in float32 on the CPU, behind the same transforms as the engine.
+
+    Args:
+        model: the reference.
+        transform: between the robot and the network.
+    """
+
+    def __init__(self, model: Pi0Reference, transform: ObservationTransform) -> None:
+        self.model, self.transform = model, transform
+
+    @property
+    def config(self) -> Pi0Config:
+        return self.transform.config
+
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        noise: NDArray[np.float32],
+        num_steps: int | None = None,
+        leftover: Leftover | None = None,
+    ) -> dict[str, Any]:
+        """``actions`` float32 [H, A] in robot units, for noise float32 [H, action_dim].
+
+        Raises:
+            ValueError: an observation that cannot be used; a leftover, which only the engine continues.
+        """
+        if leftover is not None:
+            raise ValueError(
+                "the reference policy was given a leftover, expected none: only the engine continues chunks"
+            )
+        inputs, context = self.transform.prepare(observation)
+        steps = self.config.num_steps if num_steps is None else num_steps
+        actions = sample_reference(self.model, inputs, torch.from_numpy(noise)[None], steps)
+        return {"actions": self.transform.finish(actions.numpy(), context)[0]}
+
+
+def load_policy(checkpoint: str | Path = CHECKPOINT, engine: EngineConfig | None = None) -> Pi0Policy:
+    """The simulated robot's checkpoint on the engine.
+
+    Raises:
+        ValueError: no checkpoint, or not this robot's; a device or backend that is not available here.
+    """
+    return Pi0Policy.from_checkpoint(checkpoint, robot=ROBOT, engine=engine)
+
+
+def load_reference(checkpoint: str | Path = CHECKPOINT) -> ReferencePolicy:
+    """The same checkpoint on the reference, in float32. Raises ValueError as :func:`load_policy` does."""
+    opened = open_checkpoint(checkpoint)
+    transform = load_transform(opened, ROBOT)
+    return ReferencePolicy(Pi0Reference.from_tensors(transform.config, opened.tensor), transform)

@@ -1,0 +1,128 @@
+"""``pi0-engine demo`` as a user runs it: with the simulator, without it, and with what it cannot do."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pi0_engine.cli import main
+from pi0_engine.commands.demo import find_instruction
+from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.film import Film
+from pi0_engine.demo.recorded import recorded_observation
+from pi0_engine.demo.scene import CAMERAS, Scene
+from pi0_engine.demo.tasks import TASKS
+from simulator import needs_simulator
+from trained import needs_trained, write_untrained
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_untrained(tmp_path_factory.mktemp("untrained")))
+
+
+def parity(text: str) -> float:
+    found = re.search(r"^parity +relative L2 (\S+) against", text, re.MULTILINE)
+    assert found, text
+    return float(found[1])
+
+
+@needs_simulator
+def test_a_policy_that_fails_is_shown_and_is_status_1(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = tmp_path / "out.gif"
+    arguments = ["--checkpoint", untrained, "--dtype", "float32", "--output", str(film), "--execute", "16"]
+    assert main(["demo", "--instruction", "Turn on the  water.", *arguments]) == 1
+    text = capsys.readouterr().out
+    assert '"turn on the water" (task faucet-open, scene 0)' in text
+    assert parity(text) <= 2e-5
+    assert re.findall(r"^step +(\d+) ", text, re.MULTILINE) == [str(step) for step in range(0, 200, 16)]
+    assert "failure      after 200 control steps (2.5 s) and 13 chunks" in text
+    assert re.search(r"^flow +\d", text, re.MULTILINE)
+    with Image.open(film) as image:
+        assert image.n_frames == 100 and image.info["loop"] == 0  # type: ignore[attr-defined]
+    with Image.open(film.with_suffix(".png")) as image:
+        assert image.size[0] > 1000
+
+
+@needs_simulator
+@needs_trained
+def test_the_shipped_policy_does_what_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--output", str(tmp_path / "demo.gif")]) == 0
+    assert re.search(r"^success +after \d+ control steps", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_without_the_simulator_a_recorded_observation_is_answered(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "metaworld", None)  # as if it were not installed
+    film = tmp_path / "demo.gif"
+    arguments = ["--checkpoint", untrained, "--dtype", "float32", "--output", str(film)]
+    assert main(["demo", "--prompt", "close the faucet", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "the simulator needs metaworld: pip install 'pi0-engine[sim]'" in text
+    assert "A recorded observation is answered instead; nothing moves." in text
+    assert parity(text) <= 2e-5 and "success" not in text and re.search(r"^infer +\d", text, re.MULTILINE)
+    assert film.with_suffix(".png").is_file() and not film.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "make tea"], "not trained to 'make tea', expected one of\n  reach the ball; "),
+        (["--output", "demo.avi"], "'demo.avi', expected a .gif or .mp4"),
+        (["--execute", "0"], "execute is 0"),
+        (["--execute", "17"], "16 actions of a chunk"),
+        (["--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_what_the_demo_cannot_do(
+    arguments: list[str],
+    message: str,
+    untrained: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    assert main(["demo", "--checkpoint", untrained, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_mp4_names_the_encoder_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(ValueError, match=r"imageio_ffmpeg: pip install 'imageio\[ffmpeg\]'"):
+        Film("demo.mp4")
+
+
+def test_every_instruction_belongs_to_one_task() -> None:
+    for name, task in TASKS.items():
+        for prompt in task.prompts:
+            assert find_instruction(f" {prompt.upper()}. ") == (name, prompt)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_there_is_a_recorded_observation_of_every_task(task: str) -> None:
+    recorded = recorded_observation(task)
+    assert recorded["prompt"] == TASKS[task].prompts[0]
+    assert {recorded[camera].shape for camera in CAMERAS} == {(64, 64, 3)}
+    assert recorded["observation/state"].shape == (4,) and all(recorded[camera].std() > 20 for camera in CAMERAS)
+
+
+@needs_simulator
+def test_a_recorded_observation_is_what_the_scene_shows() -> None:
+    """To a few grey values: renderers differ."""
+    with Scene("faucet-open") as scene:
+        seen = scene.reset(FIRST_UNSEEN_SEED)
+    recorded = recorded_observation("faucet-open")
+    np.testing.assert_allclose(recorded["observation/state"], seen["observation/state"], atol=1e-6)
+    for camera in CAMERAS:
+        assert np.abs(recorded[camera].astype(float) - seen[camera]).mean() < 3

@@ -1,0 +1,196 @@
+"""Counting successes: the same whatever the number of processes, paired between settings, with honest intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pi0_engine.cli import main
+from pi0_engine.demo import report
+from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.evaluate import Setting, evaluate, summarize, wilson_interval
+from pi0_engine.demo.language import PAIR, handle_degrees, swap_instructions
+from pi0_engine.demo.policies import load_policy, load_reference
+from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
+from pi0_engine.demo.scene import CAMERAS, Scene
+from pi0_engine.demo.tasks import TASKS
+from pi0_engine.rtc import Leftover
+from simulator import needs_simulator
+from trained import needs_trained, write_untrained
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_untrained(tmp_path_factory.mktemp("untrained"))
+
+
+def episode(success: bool, steps: int = 100, **others: Any) -> Episode:
+    given = {"task": "reach", "seed": 0, "prompt": "", "inferences": 1, "seam_jump": 0.5, "chunk_ms": 2.0, **others}
+    return Episode(success=success, steps=steps, **given)
+
+
+def test_the_wilson_interval() -> None:
+    """By its formula, and at the ends, where the simpler interval says 0 to 0."""
+    z, n, p = 1.959964, 50, 0.84
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert wilson_interval(42, 50) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, z**2 / (10 + z**2)), abs=1e-6)
+    assert wilson_interval(10, 10)[1] == 1.0
+
+
+def test_a_summary_counts_by_task_and_together() -> None:
+    outcomes = {
+        "reach": [episode(True, 30), episode(True, 50), episode(False, 200)],
+        "drawer-open": [episode(False, 200, seam_jump=1.0, chunk_ms=6.0)],
+    }
+    summary = summarize(outcomes)
+    assert summary["tasks"]["reach"]["steps"] == 40 and summary["tasks"]["drawer-open"]["steps"] is None
+    together = summary["all"]
+    assert (together["episodes"], together["successes"], together["rate"]) == (4, 2, 0.5)
+    assert (together["seam_jump"], together["chunk_ms"]) == (0.625, 3.0)
+    assert 0 < together["low"] < 0.5 < together["high"] < 1
+    json.dumps(summary)
+
+
+@needs_simulator
+def test_settings_meet_the_same_scenes_in_any_number_of_processes(untrained: Path) -> None:
+    settings = {
+        "reference": Setting(backend="reference"),
+        "float32": Setting(dtype="float32"),
+        "rtc": Setting(dtype="float32", execution=Execution(execute=6, latency=3, rtc=True, num_steps=2)),
+    }
+    tasks = ["drawer-close", "reach"]
+    given = {"tasks": tasks, "episodes": 1, "checkpoint": untrained, "progress": False}
+    one = evaluate(settings, processes=1, **given)  # type: ignore[arg-type]
+    two = evaluate(settings, processes=2, **given)  # type: ignore[arg-type]
+
+    def told(outcomes: dict[str, dict[str, list[Episode]]]) -> dict[str, Any]:
+        return {
+            name: [(e.task, e.seed, e.success, e.steps, e.inferences) for t in tasks for e in by_task[t]]
+            for name, by_task in outcomes.items()
+        }
+
+    assert told(one) == told(two)
+    assert [row[:2] for row in told(one)["rtc"]] == [(task, FIRST_UNSEEN_SEED) for task in tasks]
+    # Same scenes, same noise: the engine drives as the reference does.
+    assert told(one)["float32"] == told(one)["reference"]
+    jumps = [[e.seam_jump for t in tasks for e in one[name][t]] for name in ("float32", "reference")]
+    np.testing.assert_allclose(*jumps, rtol=1e-3)
+
+
+@needs_simulator
+def test_another_seed_is_other_scenes(untrained: Path) -> None:
+    setting = Setting(execution=Execution(execute=16, num_steps=1))
+    seeds = []
+    for seed in (0, 1):
+        outcomes = evaluate(
+            {"": setting}, tasks=["reach"], episodes=2, seed=seed, checkpoint=untrained, processes=1, progress=False
+        )
+        seeds += [episode.seed for episode in outcomes[""]["reach"]]
+    assert seeds == [FIRST_UNSEEN_SEED + number for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"episodes": 0}, "episodes is 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"processes": 0}, "processes 0"),
+        ({"tasks": []}, "at least one task"),
+        ({"tasks": ["juggle"]}, "'juggle' is none of"),
+        ({"checkpoint": "nowhere/at/all"}, "nowhere/at/all"),
+    ],
+)
+def test_what_cannot_be_evaluated(given: dict[str, Any], message: str, untrained: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate({"": Setting()}, **{"checkpoint": untrained, "progress": False, **given})
+
+
+def test_settings_that_cannot_be(untrained: Path) -> None:
+    for given in ({"device": "cuda"}, {"dtype": "bfloat16"}, {"execution": Execution(latency=2, rtc=True)}):
+        with pytest.raises(ValueError, match="expected cpu, float32 and no rtc"):
+            Setting(backend="reference", **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="16 actions"):
+        evaluate({"": Setting(execution=Execution(execute=17))}, checkpoint=untrained, progress=False)
+    with pytest.raises(ValueError, match="only the engine continues"):
+        noise = np.zeros((16, 8), np.float32)
+        load_reference(untrained).infer({}, noise=noise, leftover=Leftover(np.zeros((1, 4)), 0))
+
+
+@needs_simulator
+def test_eval_prints_a_table_or_json(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", "--tasks", "window-open,reach", "--episodes", "1", "--processes", "1"]
+    arguments += ["--checkpoint", str(untrained), "--dtype", "bfloat16", "--num-steps", "1", "--execute", "16"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["task", lines[1].split()[0], "window-open", "reach", "all"]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["setting"]["execution"] == {"execute": 16, "latency": 0, "rtc": False, "num_steps": 1}
+    assert result["all"]["episodes"] == 2 and set(result["tasks"]) == {"window-open", "reach"}
+    assert f"{result['all']['successes']}/2" in lines[-1]
+
+
+@needs_simulator
+def test_the_report_is_written_between_the_markers(untrained: Path, tmp_path: Path) -> None:
+    page = tmp_path / "closed_loop.md"
+    assert report.main(["--docs", str(tmp_path)]) == 2  # no page
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main(["--docs", str(tmp_path), "--redraw"]) == 2  # no results
+    settings = {name: report.SETTINGS[name] for name in ("engine, bfloat16", "1 flow step")}
+    measured = report.measure(untrained, settings=settings, tasks=["reach"], episodes=1, processes=1, progress=False)
+    first = measured["settings"]["engine, bfloat16"]
+    assert first["as_reference"] == 1 and list(first["tasks"]) == ["reach"]
+    assert [(row["scene"], row["asked"]) for row in measured["language"]] == [(s, a) for s in PAIR for a in PAIR]
+    (tmp_path / "closed_loop_results.json").write_text(json.dumps(measured))
+    assert report.main(["--docs", str(tmp_path), "--redraw"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| reach |" in text and "| 1 flow step |" in text and "| faucet-open | close the faucet |" in text
+    assert (tmp_path / "closed_loop.png").stat().st_size > 5000
+
+
+@needs_simulator
+def test_the_handle_says_which_way_it_was_turned() -> None:
+    for task, sign in (("faucet-open", 1), ("faucet-close", -1)):
+        with Scene(task) as scene:
+            scene.reset(3)
+            assert abs(handle_degrees(scene)) < 1
+            while not scene.success:
+                scene.step(scene.expert_action())
+            assert 70 < sign * handle_degrees(scene) < 100
+
+
+@needs_simulator
+@needs_trained
+def test_the_shipped_policy_succeeds() -> None:
+    """A fixed set, end to end: nothing of it was trained on."""
+    setting = Setting(dtype="bfloat16")
+    outcomes = evaluate({"": setting}, tasks=["drawer-open", "button-press"], episodes=3, processes=1, progress=False)
+    assert [e.success for episodes in outcomes[""].values() for e in episodes] == [True] * 6
+
+
+@needs_simulator
+@needs_trained
+def test_the_instruction_decides_what_is_done() -> None:
+    """In the same scenes, from the same noise: the first chunks pass the handle on different sides, and turn it so."""
+    policy = load_policy()
+    with Scene(PAIR[0]) as scene:
+        for seed in range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + 3):
+            looks: list[Look] = []
+            for task in PAIR:
+                prompt = TASKS[task].prompts[0]
+                run_episode(scene, policy, seed, prompt=prompt, most_steps=1, on_look=looks.append)
+            for camera in CAMERAS:
+                np.testing.assert_array_equal(looks[0].observation[camera], looks[1].observation[camera])
+            to_open, to_close = (look.reply["actions"][:, 0].sum() for look in looks)
+            # An action of 1 is a centimetre. The experts stay 4 cm to the left of the handle, and 4 cm to the right.
+            assert to_close - to_open > 4
+    for result in swap_instructions(policy, episodes=3, progress=False):
+        turned = {"faucet-open": result.opened, "faucet-close": result.closed}
+        assert turned.pop(result.asked) >= 2 and turned.popitem()[1] == 0
