@@ -1,11 +1,13 @@
 """How far chunks are from the exact solution of their flow, per solver and number of network calls.
 
+    python benchmarks/solver_error.py --demo
     python benchmarks/solver_error.py --checkpoint CHECKPOINT --robot ROBOT --observation scene_*.npz
     python benchmarks/solver_error.py --random-weights 0 --config tests/data/golden/pi0_tiny.json \\
         --case tests/data/golden/pi0_tiny_c09_only_cam1_h10_s4.npz
 
 writes OUTPUT.json and OUTPUT.png. An observation is an .npz with the robot's observation keys (docs/robots.md) and,
-where the robot's default is not meant, ``prompt``. From Python: ``measure(model, inputs, noise)``, then ``draw``.
+where the robot's default is not meant, ``prompt``; ``--demo`` takes the shipped checkpoint and its ten recorded scenes.
+From Python: ``measure(model, inputs, noise)``, then ``draw``.
 
 The chunks are the reference's, in float32: what is measured is the method and the model, not the engine's roundings.
 """
@@ -27,6 +29,9 @@ from harness import write_json
 from pi0_engine.cases import load_case
 from pi0_engine.commands.options import ModelOptions
 from pi0_engine.config import SolverName
+from pi0_engine.demo.recorded import recorded_observation
+from pi0_engine.demo.tasks import TASKS
+from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.engine.choices import resolve_device
 from pi0_engine.engine.solvers import CALLS_PER_STEP
 from pi0_engine.images import FramePreprocessor
@@ -203,8 +208,12 @@ def load(options: argparse.Namespace) -> tuple[Pi0Reference, ModelInputs, Tensor
     Raises:
         ValueError: anything missing or inconsistent, named.
     """
-    if bool(options.case) == bool(options.observation) or bool(options.observation) != bool(options.robot):
-        raise ValueError("expected either --case FILE, or --robot NAME and --observation FILE...")
+    if options.demo:
+        if options.checkpoint or options.robot or options.observation or options.case:
+            raise ValueError("--demo brings its checkpoint, robot and observations: expected none beside it")
+        options.checkpoint, options.robot = str(CHECKPOINT), "metaworld"
+    elif bool(options.case) == bool(options.observation) or bool(options.observation) != bool(options.robot):
+        raise ValueError("expected either --demo, or --case FILE, or --robot NAME and --observation FILE...")
     opened = ModelOptions(checkpoint=options.checkpoint, random_weights=options.random_weights, config=options.config)
     if options.case:
         case = load_case(options.case)
@@ -218,7 +227,8 @@ def load(options: argparse.Namespace) -> tuple[Pi0Reference, ModelInputs, Tensor
             tokenizer=options.tokenizer or (demo_tokenizer() if is_random else None),
             norm_stats=options.norm_stats or (NormStats.identity() if is_random else None),
         )
-        inputs, _ = transform.prepare([read_observation(path) for path in options.observation])
+        recorded = [recorded_observation(task) for task in TASKS] if options.demo else []
+        inputs, _ = transform.prepare(recorded or [read_observation(path) for path in options.observation])
         config, dims = transform.config, transform.robot.action_dim
     shape = (inputs.batch, options.samples, config.action_horizon, config.action_dim)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
@@ -228,6 +238,7 @@ def load(options: argparse.Namespace) -> tuple[Pi0Reference, ModelInputs, Tensor
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="the shipped small trained model, on ten scenes")
     parser.add_argument("--checkpoint", help="checkpoint file or directory, or a Hugging Face Hub id")
     parser.add_argument("--random-weights", type=int, metavar="SEED", help="instead of a checkpoint; needs --config")
     parser.add_argument("--config", help="'pi0', 'pi05' or a JSON file, where the checkpoint does not say")
@@ -254,7 +265,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"solver_error: {error}", file=sys.stderr)
         return 2
-    report["source"] = options.checkpoint or f"random weights {options.random_weights}"
+    trained = "the demo's checkpoint" if options.demo else options.checkpoint
+    report["source"] = trained or f"random weights {options.random_weights}"
     write_json(Path(f"{options.output}.json"), report)
     title = f"{report['model']}, {report['source']}: {report['chunks']} chunks of {report['horizon']} actions"
     draw(f"{options.output}.png", report, title)

@@ -112,12 +112,20 @@ def test_observations_from_the_command_line(tmp_path: Path) -> None:
     assert (report["observations"], report["chunks"], report["action_dims"]) == (2, 2, 7)
 
 
+def test_the_demo_brings_everything(tmp_path: Path) -> None:
+    assert main(["--demo", "--samples", "1", "--most-calls", "2", "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["observations"], report["chunks"], report["action_dims"]) == (10, 10, 4)
+    assert report["source"] == "the demo's checkpoint"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected either --case FILE, or --robot NAME and --observation FILE..."),
-        (["--robot", "libero"], "expected either --case FILE"),
-        (["--observation", "a.npz"], "expected either --case FILE"),
+        ([], "expected either --demo, or --case FILE, or --robot NAME and --observation FILE..."),
+        (["--demo", "--robot", "libero"], "--demo brings its checkpoint, robot and observations"),
+        (["--robot", "libero"], "expected either --demo"),
+        (["--observation", "a.npz"], "expected either --demo"),
         (["--case", "absent.npz"], "there is no case file absent.npz"),
         (["--robot", "libero", "--observation", "absent.npz"], "observation absent.npz is not an .npz of arrays"),
     ],

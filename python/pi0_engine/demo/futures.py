@@ -2,7 +2,8 @@
 
 The experts pass the pillar on the left as often as on the right, and nothing in the scene says which. A policy trained
 to predict the mean would run into it. π0 draws from the distribution of chunks, so each sample takes one side; the
-picture shows that, and what becomes of an arm that is driven by the mean of the same samples.
+picture shows that, and what becomes of an arm that is driven by the mean of the same samples. Chunks are carried out
+whole: looking again in between would give the mean a chance to change its mind.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from pi0_engine.demo.scene import PILLAR_CENTRE, PILLAR_HALF, Scene
 from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.policy import Pi0Policy
 
-#: Actions of each chunk that are carried out, and the longest walk.
-_EXECUTE, _MOST_STEPS = 8, 160
+_MOST_STEPS = 160
+#: Behind the pillar, in metres from the robot: the hand's fingers are clear of it.
+_PASSED_Y = 0.8
 Driver = Literal["sample", "mean"]
 
 
@@ -34,13 +36,16 @@ class Walk:
 
     Attributes:
         path: float64 [T, 3], its positions in metres.
-        success: whether the ball was reached without touching the pillar.
         touched: whether the pillar was.
     """
 
     path: NDArray[np.float64]
-    success: bool
     touched: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the hand came past the pillar."""
+        return not self.touched and bool((self.path[:, 1] > _PASSED_Y).any())
 
     @property
     def side(self) -> int:
@@ -50,7 +55,7 @@ class Walk:
 
 
 def walk(scene: Scene, policy: Any, seed: int, *, driver: Driver = "sample", noise_seed: int = 0) -> Walk:
-    """Let the policy drive to the ball.
+    """Let the policy drive, until it is at the ball, at the pillar or out of time.
 
     Args:
         scene: of the task ``go-around``.
@@ -62,11 +67,12 @@ def walk(scene: Scene, policy: Any, seed: int, *, driver: Driver = "sample", noi
     rng = np.random.default_rng(noise_seed)
     path = [scene.state[:3]]
     while not scene.success and not scene.touched and scene.steps < _MOST_STEPS:
-        for action in chunk(policy, observation, int(rng.integers(2**31)), driver)[:_EXECUTE]:
-            scene.step(action)
-            path.append(scene.state[:3])
+        for action in chunk(policy, observation, int(rng.integers(2**31)), driver):
+            if not scene.touched and not scene.success:
+                scene.step(action)
+                path.append(scene.state[:3])
         observation = scene.observe()
-    return Walk(np.stack(path), scene.success, scene.touched)
+    return Walk(np.stack(path), scene.touched)
 
 
 def chunk(policy: Any, observation: dict[str, Any], seed: int, driver: Driver) -> NDArray[np.float32]:
@@ -91,11 +97,11 @@ def plot(samples: list[Walk], means: list[Walk], picture: Path) -> None:
         (x, y, _), (half_x, half_y, _) = PILLAR_CENTRE, PILLAR_HALF
         axis.add_patch(Rectangle((x - half_x, y - half_y), 2 * half_x, 2 * half_y, color="0.4", label="pillar"))
         for one in walks:
-            colour = ("tab:green" if one.side > 0 else "tab:blue") if one.success else "tab:red"
+            colour = ("tab:green" if one.side > 0 else "tab:blue") if one.passed else "tab:red"
             axis.plot(one.path[:, 0], one.path[:, 1], color=colour, lw=1, alpha=0.6)
             axis.plot(*one.path[-1, :2], ".", color=colour)
-        done = sum(one.success for one in walks)
-        axis.set(title=f"{title}: {done} of {len(walks)} reach the ball", xlabel="x (m)", aspect="equal")
+        done = sum(one.passed for one in walks)
+        axis.set(title=f"{title}: {done} of {len(walks)} pass the pillar", xlabel="x (m)", aspect="equal")
     axes[0].set_ylabel("y (m), away from the robot")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
@@ -121,9 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     plot(walks["sample"], walks["mean"], given.picture)
     for driver, found in walks.items():
-        left, right = (sum(one.success and one.side == side for one in found) for side in (-1, 1))
+        left, right = (sum(one.passed and one.side == side for one in found) for side in (-1, 1))
         touched = sum(one.touched for one in found)
-        print(f"{driver:6}  left {left}, right {right}, touched the pillar {touched}, of {len(found)}")
+        print(f"{driver:6}  passed left {left}, right {right}, touched the pillar {touched}, of {len(found)}")
     print(f"picture {given.picture}")
     return 0
 
