@@ -86,7 +86,7 @@ def test_built_in_robots_are_what_the_checkpoints_expect() -> None:
         "libero": (8, 7, [], 2),
         "libero_delta": (8, 7, [6, -1], 2),
     }
-    assert set(robot_names()) == set(facts)
+    assert set(robot_names()) == {*facts, "metaworld"}  # that one: tests/test_pi0_engine_demo_scene.py
     for name, (state, actions, delta, cameras) in facts.items():
         robot = get_robot(name)
         assert (robot.name, robot.state_dim, robot.action_dim) == (name, state, actions)
@@ -201,7 +201,8 @@ def test_a_file_extends_a_built_in_robot_or_another_file(tmp_path: Path) -> None
 
 def test_guards_are_off_unless_declared() -> None:
     for name in robot_names():
-        assert get_robot(name).guards is None and get_robot(name).control_hz is None
+        assert get_robot(name).guards is None
+        assert get_robot(name).control_hz == (80 if name == "metaworld" else None)
 
 
 def test_the_guards_of_the_documentation_load(tmp_path: Path) -> None:
