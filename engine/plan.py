@@ -45,7 +45,7 @@ class ShapePlan:
         horizon: actions per chunk.
         num_steps: flow steps. No buffer depends on it, so plans that differ in it alone are equal.
         patches: image tokens of each view.
-        frames: (bytes, table entries) reserved for frames that the engine resizes; None where pixels are given.
+        frames: (bytes, table entries) reserved for frames that a GPU resizes; None where it is given pixels.
         state_rows: state tokens, one per observation in π0, none in π0.5 (whose prompt holds the state).
         per_token_time: whether each action token has a flow time of its own, the step's or 0 (guidance.py).
         solver: of the flow; those of second order have a buffer more (solvers.py).

@@ -18,7 +18,7 @@ from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.scene import CAMERAS, Scene
 from pi0_engine.demo.tasks import TASKS
 from simulator import needs_simulator
-from trained import needs_trained, write_untrained
+from trained import write_untrained
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,6 @@ def test_a_policy_that_fails_is_shown_and_is_status_1(
 
 
 @needs_simulator
-@needs_trained
 def test_the_shipped_policy_does_what_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--output", str(tmp_path / "demo.gif")]) == 0
     assert re.search(r"^success +after \d+ control steps", capsys.readouterr().out, re.MULTILINE)

@@ -20,7 +20,7 @@ from pi0_engine.demo.scene import CAMERAS, Scene
 from pi0_engine.demo.tasks import TASKS
 from pi0_engine.rtc import Leftover
 from simulator import needs_simulator
-from trained import needs_trained, write_untrained
+from trained import write_untrained
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,6 @@ def test_the_handle_says_which_way_it_was_turned() -> None:
 
 
 @needs_simulator
-@needs_trained
 def test_the_shipped_policy_succeeds() -> None:
     """A fixed set, end to end: nothing of it was trained on."""
     setting = Setting(dtype="bfloat16")
@@ -176,7 +175,6 @@ def test_the_shipped_policy_succeeds() -> None:
 
 
 @needs_simulator
-@needs_trained
 def test_the_instruction_decides_what_is_done() -> None:
     """In the same scenes, from the same noise: the first chunks pass the handle on different sides, and turn it so."""
     policy = load_policy()

@@ -1,17 +1,10 @@
-"""Checkpoints for the closed loop: the one that is shipped, and one of random weights in its form."""
+"""A checkpoint for the closed loop with random weights in the form of the shipped one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
-from pi0_engine.demo.tokens import CHECKPOINT
-
-needs_trained = pytest.mark.skipif(
-    not (CHECKPOINT / "model.safetensors").is_file(), reason=f"there are no trained weights in {CHECKPOINT}"
-)
 
 
 def write_untrained(folder: Path) -> Path:

@@ -66,8 +66,6 @@ def measure(
         settings: the first is what the others are compared with.
         tasks, episodes, seed, processes, progress: as of :func:`evaluate`.
     """
-    # Before any scene: see demo.policies.
-    policy = SETTINGS["engine, bfloat16"].policy(checkpoint)
     outcomes = evaluate(
         settings,
         tasks=tasks,
@@ -77,6 +75,7 @@ def measure(
         processes=processes,
         progress=progress,
     )
+    policy = SETTINGS["engine, bfloat16"].policy(checkpoint)
     obeyed = swap_instructions(policy, episodes=episodes, seed=seed, progress=progress)
     reference = _flat(outcomes[next(iter(settings))])
     rows = {}
