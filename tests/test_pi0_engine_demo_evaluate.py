@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pi0_engine.cli import main
 from pi0_engine.demo import report
@@ -15,6 +16,7 @@ from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.evaluate import Setting, evaluate, summarize, wilson_interval
 from pi0_engine.demo.language import PAIR, handle_degrees, swap_instructions
 from pi0_engine.demo.policies import load_policy, load_reference
+from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
 from pi0_engine.demo.scene import CAMERAS, Scene
 from pi0_engine.demo.tasks import TASKS
@@ -109,6 +111,23 @@ def test_another_seed_is_other_scenes(untrained: Path) -> None:
 def test_what_cannot_be_evaluated(given: dict[str, Any], message: str, untrained: Path) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate({"": Setting()}, **{"checkpoint": untrained, "progress": False, **given})
+
+
+def test_the_solver_is_the_settings(untrained: Path) -> None:
+    observation = recorded_observation("reach")
+    noise = np.random.default_rng(0).standard_normal((16, 8), dtype=np.float32)
+
+    def actions(**setting: Any) -> NDArray[np.float32]:
+        chunk: NDArray[np.float32] = Setting(**setting).policy(untrained).infer(observation, noise=noise)["actions"]
+        return chunk
+
+    euler = actions(dtype="float32")
+    for solver in ("midpoint", "adams_bashforth"):
+        by_engine, by_reference = actions(dtype="float32", solver=solver), actions(backend="reference", solver=solver)
+        np.testing.assert_allclose(by_engine, by_reference, atol=2e-5)
+        assert np.abs(by_engine - euler).max() > 1e-3
+    with pytest.raises(ValueError, match="the solver is 'midpoint'"):
+        Setting(solver="midpoint", execution=Execution(latency=2, rtc=True))
 
 
 def test_settings_that_cannot_be(untrained: Path) -> None:

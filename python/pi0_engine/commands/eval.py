@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pi0_engine.benchmark import describe_machine
-from pi0_engine.commands.options import Dtype, print_json, show_progress, table
+from pi0_engine.commands.options import Dtype, Solver, print_json, show_progress, table
 from pi0_engine.demo.evaluate import Backend, Setting, evaluate, summarize
 from pi0_engine.demo.rollout import Execution
 from pi0_engine.demo.tasks import TASKS
@@ -38,7 +38,9 @@ class Eval:
     device: str = "cpu"
     dtype: Dtype = "auto"
     num_steps: int | None = None
-    """Euler flow steps; the checkpoint's (10) where not given."""
+    """Flow steps; the checkpoint's (10) where not given."""
+    solver: Solver = "euler"
+    """Of the flow: 'midpoint' calls the network twice per flow step, the others once (docs/solvers.md)."""
     execute: int = 8
     """Control steps from one look at the scene to the next."""
     latency: int = 0
@@ -52,7 +54,9 @@ class Eval:
 
     def run(self) -> int:
         execution = Execution(execute=self.execute, latency=self.latency, rtc=self.rtc, num_steps=self.num_steps)
-        setting = Setting(backend=self.backend, device=self.device, dtype=self.dtype, execution=execution)
+        setting = Setting(
+            backend=self.backend, device=self.device, dtype=self.dtype, solver=self.solver, execution=execution
+        )
         tasks = list(TASKS) if self.tasks == "all" else self.tasks.split(",")
         outcomes = evaluate(
             {"": setting},

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pi0_engine.config import DtypeName, EngineConfig
+from pi0_engine.config import DtypeName, EngineConfig, SolverName
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.policies import load_policy, load_reference
 from pi0_engine.demo.rollout import ChunkPolicy, Episode, Execution, run_episode
 from pi0_engine.demo.scene import Scene
 from pi0_engine.demo.tasks import TASKS, get_task
 from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.engine.guidance import check_guidable
 
 Backend = Literal["auto", "torch", "triton", "reference"]
 #: Task -> its episodes, in the order of their seeds.
@@ -33,16 +34,18 @@ class Setting:
 
     Attributes:
         backend: of the engine, or ``"reference"``.
-        device, dtype: as of :class:`EngineConfig`. The reference runs in float32 on the CPU.
+        device, dtype, solver: as of :class:`EngineConfig`. The reference runs in float32 on the CPU.
         execution: how its chunks are carried out.
 
     Raises:
-        ValueError: for the reference another device or dtype, or real-time chunking, which only the engine has.
+        ValueError: for the reference another device or dtype, or real-time chunking, which only the engine has; for
+            real-time chunking another solver than Euler's.
     """
 
     backend: Backend = "auto"
     device: str = "cpu"
     dtype: DtypeName = "auto"
+    solver: SolverName = "euler"
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
@@ -53,12 +56,15 @@ class Setting:
             raise ValueError(
                 f"the reference is asked for on {self.device} in {self.dtype}{rtc}, expected cpu, float32 and no rtc"
             )
+        if self.execution.rtc:
+            check_guidable(self.solver)
 
     def policy(self, checkpoint: str | Path) -> ChunkPolicy:
         """What is run. Raises ValueError where it cannot run here."""
         if self.backend == "reference":
-            return load_reference(checkpoint)
-        return load_policy(checkpoint, EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend))
+            return load_reference(checkpoint, self.solver)
+        config = EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend, solver=self.solver)
+        return load_policy(checkpoint, config)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pi0_engine.cases import sample_reference
 from pi0_engine.checkpoint import open_checkpoint
-from pi0_engine.config import EngineConfig, Pi0Config
+from pi0_engine.config import EngineConfig, Pi0Config, SolverName
 from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.policy import Pi0Policy, load_transform
 from pi0_engine.reference import Pi0Reference
@@ -28,10 +28,11 @@ class ReferencePolicy:
     Args:
         model: the reference.
         transform: between the robot and the network.
+        solver: of the flow.
     """
 
-    def __init__(self, model: Pi0Reference, transform: ObservationTransform) -> None:
-        self.model, self.transform = model, transform
+    def __init__(self, model: Pi0Reference, transform: ObservationTransform, solver: SolverName = "euler") -> None:
+        self.model, self.transform, self.solver = model, transform, solver
 
     @property
     def config(self) -> Pi0Config:
@@ -56,7 +57,7 @@ class ReferencePolicy:
             )
         inputs, context = self.transform.prepare(observation)
         steps = self.config.num_steps if num_steps is None else num_steps
-        actions = sample_reference(self.model, inputs, torch.from_numpy(noise)[None], steps)
+        actions = sample_reference(self.model, inputs, torch.from_numpy(noise)[None], steps, self.solver)
         return {"actions": self.transform.finish(actions.numpy(), context)[0]}
 
 
@@ -69,8 +70,8 @@ def load_policy(checkpoint: str | Path = CHECKPOINT, engine: EngineConfig | None
     return Pi0Policy.from_checkpoint(checkpoint, robot=ROBOT, engine=engine)
 
 
-def load_reference(checkpoint: str | Path = CHECKPOINT) -> ReferencePolicy:
+def load_reference(checkpoint: str | Path = CHECKPOINT, solver: SolverName = "euler") -> ReferencePolicy:
     """The same checkpoint on the reference, in float32. Raises ValueError as :func:`load_policy` does."""
     opened = open_checkpoint(checkpoint)
     transform = load_transform(opened, ROBOT)
-    return ReferencePolicy(Pi0Reference.from_tensors(transform.config, opened.tensor), transform)
+    return ReferencePolicy(Pi0Reference.from_tensors(transform.config, opened.tensor), transform, solver)
