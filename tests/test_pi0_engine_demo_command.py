@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
@@ -94,6 +95,20 @@ def test_what_the_demo_cannot_do(
     assert main(["demo", "--checkpoint", untrained, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@needs_simulator
+def test_an_mp4_shows_every_second_step_and_stays_on_the_last(tmp_path: Path) -> None:
+    film = Film(tmp_path / "film.mp4")
+    with Scene("reach") as scene:
+        film.look(scene.reset(0))
+        for _ in range(4):
+            scene.step(np.zeros(4))
+            film.add(scene)
+    film.save()
+    frames = iio.imread(film.path)
+    assert frames.shape == (2 + 20, 260, 440, 3) and frames.std() > 20
+    assert iio.immeta(film.path)["fps"] == 20
 
 
 def test_an_mp4_names_the_encoder_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
