@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Loop:
     """A control loop in virtual time whose policy answers ``latency`` steps later."""
 
     def __init__(self, **options: Any) -> None:
-        self.control = ChunkControl(control_hz=HZ, **options)
+        self.control = ChunkControl(**{"control_hz": HZ, "hold": "last", **options})
         self.now = 0.0
         self.requests: list[Request] = []
         self.open: Request | None = None
@@ -224,6 +225,16 @@ def test_the_watchdog_is_fed_by_every_new_chunk() -> None:
     assert loop.control.state == "running" and loop.control.statistics.executed == 99
 
 
+def test_the_watchdog_counts_only_while_a_chunk_is_wanted() -> None:
+    """A chunk longer than the watchdog's time is executed to where the next one is due."""
+    loop = Loop(watchdog_s=0.2, replan_after=30)
+    loop.step()
+    loop.answer(actions(0, 60))
+    assert {s.source for s in loop.steps(31)} == {"chunk"}  # 0.62 s; the last one asked
+    assert loop.open is not None and loop.control.state == "running"
+    assert [s.source for s in loop.steps(12)][-2:] == ["stopped"] * 2
+
+
 def test_the_watchdog_also_counts_from_an_episode_s_first_step() -> None:
     loop = Loop(watchdog_s=0.1)
     loop.now = 100.0
@@ -272,9 +283,43 @@ def test_an_answer_that_cannot_be_executed_is_an_error_and_the_old_chunk_goes_on
     assert loop.step().index == 2
 
 
+def test_what_cannot_be_copied_says_so_and_begins_no_inference() -> None:
+    control = ChunkControl(control_hz=HZ, hold="last")
+    with pytest.raises(TypeError, match="pickle"):
+        control.step(0.0, {"state": threading.Lock()})
+    assert control.wants_observation() and control.statistics.requests == 0
+
+
+def test_commands_change_no_faster_than_the_guards_allow_where_another_chunk_takes_over() -> None:
+    """The new chunk begins 1.0 away. Its own steps are 0.05 and 0.2, where 0.1 are allowed in the first dimension."""
+    loop = Loop(replan_after=2, max_step=[0.1, np.inf, np.inf])
+    chunk = np.zeros((H, DIMS), np.float32)
+    loop.step()
+    loop.answer(chunk)
+    loop.steps(3)
+    chunk[:] = (1 + 0.05 * np.arange(H))[:, None]
+    loop.answer(chunk)
+    sent = np.stack([s.action for s in loop.steps(5) if s.action is not None])
+    np.testing.assert_allclose(sent[:, 0], [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
+    np.testing.assert_array_equal(sent[:, 1:], chunk[1:6, 1:])
+    assert loop.control.statistics.limited == 5 and loop.control.statistics.seam_jumps[-1] > 1
+    calm = Loop(max_step=[0.1] * DIMS)
+    calm.step()
+    calm.answer(0.1 * np.arange(H, dtype=np.float32)[:, None] * np.ones((1, DIMS), np.float32))
+    steps = calm.steps(H)
+    assert [s.index for s in steps] == list(range(H)) and calm.control.statistics.limited == 0
+
+
+def test_a_chunk_of_another_width_than_the_guards_is_refused() -> None:
+    loop = Loop(max_step=np.ones(DIMS + 1))
+    loop.step()
+    loop.answer()
+    assert loop.control.statistics.errors == {"unusable_chunk": 1}
+
+
 def test_an_observation_is_copied_and_actions_are_copies() -> None:
     frame = np.zeros(4, np.uint8)
-    control = ChunkControl(control_hz=HZ)
+    control = ChunkControl(control_hz=HZ, hold="last")
     _, request = control.step(0.0, {"images": {"cam": frame}})
     frame[:] = 255
     assert request is not None and request.observation["images"]["cam"].max() == 0
@@ -309,8 +354,9 @@ def test_the_delay_comes_from_measured_latencies_without_the_first() -> None:
         ({"max_chunk_age_s": -1.0}, "max_chunk_age_s is -1.0"),
         ({"watchdog_s": float("nan")}, "watchdog_s is nan"),
         ({"hold": "zero"}, "hold is 'zero'"),
+        ({"hold": np.zeros(7), "max_step": np.ones(3)}, "hold has 7 numbers, expected 3"),
     ],
 )
 def test_arguments_that_cannot_be_used(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        ChunkControl(**{"control_hz": HZ, **options})
+        ChunkControl(**{"control_hz": HZ, "hold": "last", **options})

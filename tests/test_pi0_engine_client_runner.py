@@ -149,7 +149,7 @@ class Recorded:
 def test_a_policy_in_process_continues_its_own_chunks(clock: Clock) -> None:
     policy = Recorded(serving.policy())
     gate = Gate(LocalSource(policy))
-    with ChunkRunner(gate, control_hz=HZ, replan_after=3, clock=clock) as runner:
+    with ChunkRunner(gate, control_hz=HZ, hold="last", replan_after=3, clock=clock) as runner:
         robot = Robot(runner, clock, libero)
         robot.steps()
         wait_for(accepted(runner, 1))
@@ -174,12 +174,12 @@ def test_any_policy_without_real_time_chunking(clock: Clock) -> None:
         def infer(self, observation: Any) -> dict[str, Any]:
             return {"actions": np.ones((5, 2))}
 
-    with ChunkRunner(Still(), control_hz=HZ, rtc=False, clock=clock) as runner:
+    with ChunkRunner(Still(), control_hz=HZ, hold="last", rtc=False, clock=clock) as runner:
         robot = Robot(runner, clock, lambda: {})
         robot.until(lambda: runner.statistics.executed > 0)
         assert robot.sent[-1].action is not None and robot.sent[-1].action.tolist() == [1, 1]
     with pytest.raises(ValueError, match="expected a Pi0Policy, a PolicyClient or a ChunkSource"):
-        ChunkRunner(object(), control_hz=HZ)
+        ChunkRunner(object(), control_hz=HZ, hold="last")
 
 
 def test_the_control_loop_goes_on_while_the_policy_computes(clock: Clock) -> None:
@@ -190,7 +190,7 @@ def test_the_control_loop_goes_on_while_the_policy_computes(clock: Clock) -> Non
         observed.append(threading.current_thread())
         return libero()
 
-    with ChunkRunner(gate, control_hz=HZ, clock=clock, watchdog_s=10) as runner:
+    with ChunkRunner(gate, control_hz=HZ, hold="last", clock=clock, watchdog_s=10) as runner:
         robot = Robot(runner, clock, observe)
         robot.steps()
         wait_for(accepted(runner, 1))
@@ -214,7 +214,7 @@ def test_the_control_loop_goes_on_while_the_policy_computes(clock: Clock) -> Non
 def test_a_reset_voids_the_chunk_on_its_way(clock: Clock) -> None:
     policy = Recorded(serving.policy())
     gate = Gate(LocalSource(policy), open_=False)
-    with ChunkRunner(gate, control_hz=HZ, clock=clock) as runner:
+    with ChunkRunner(gate, control_hz=HZ, hold="last", clock=clock) as runner:
         robot = Robot(runner, clock, libero)
         robot.steps()
         wait_for(lambda: len(policy.calls) == 1)
@@ -255,7 +255,7 @@ def test_run_is_the_loop_and_raises_when_the_watchdog_stops() -> None:
         if len(sent) >= 5:
             stop.set()
 
-    with ChunkRunner(gate, control_hz=200.0, watchdog_s=60.0) as runner:
+    with ChunkRunner(gate, control_hz=200.0, hold="last", watchdog_s=60.0) as runner:
         runner.run(libero, act, stop=stop)
         assert len(sent) == 5 and all(action.shape == (7,) for action in sent)
         runner.run(libero, act, seconds=0.0)
@@ -264,7 +264,10 @@ def test_run_is_the_loop_and_raises_when_the_watchdog_stops() -> None:
         runner.step(libero)
 
     gate.gate.clear()
-    with ChunkRunner(gate, control_hz=200.0, watchdog_s=0.05) as runner, pytest.raises(Stopped, match="no new chunk"):
+    with (
+        ChunkRunner(gate, control_hz=200.0, hold="last", watchdog_s=0.05) as runner,
+        pytest.raises(Stopped, match="no new chunk"),
+    ):
         try:
             runner.run(libero, act)
         finally:
@@ -275,7 +278,7 @@ def test_an_observation_that_is_refused_is_counted_and_the_next_one_is_tried(clo
     with (
         serving.serving() as server,
         PolicyClient(f"ws://127.0.0.1:{server.port}", reply_timeout_s=serving.PATIENCE_S) as client,
-        ChunkRunner(client, control_hz=HZ, watchdog_s=60, clock=clock) as runner,
+        ChunkRunner(client, control_hz=HZ, hold="last", watchdog_s=60, clock=clock) as runner,
     ):
         robot = Robot(runner, clock, lambda: {**libero(), "observation/state": np.zeros(3)})
         robot.until(lambda: runner.statistics.errors["bad_observation"] >= 2)
@@ -303,7 +306,7 @@ def test_chunks_continue_each_other_over_the_wire(clock: Clock) -> None:
     with (
         serving.serving() as server,
         Replies(f"ws://127.0.0.1:{server.port}", reply_timeout_s=serving.PATIENCE_S) as client,
-        ChunkRunner(client, control_hz=HZ, replan_after=3, watchdog_s=60, clock=clock) as runner,
+        ChunkRunner(client, control_hz=HZ, hold="last", replan_after=3, watchdog_s=60, clock=clock) as runner,
     ):
         robot = Robot(runner, clock, libero)
         for count in (1, 2, 3):
@@ -333,7 +336,7 @@ def test_a_server_that_pauses_and_answers_late_moves_nothing(clock: Clock) -> No
     with (
         policy_server(answer) as server,
         PolicyClient(server.uri, reply_timeout_s=serving.PATIENCE_S) as client,
-        ChunkRunner(client, control_hz=HZ, max_chunk_age_s=60.0, watchdog_s=60.0, clock=clock) as runner,
+        ChunkRunner(client, control_hz=HZ, hold="last", max_chunk_age_s=60.0, watchdog_s=60.0, clock=clock) as runner,
     ):
         robot = Robot(runner, clock, lambda: TOY)
         robot.until(accepted(runner, 1))
@@ -360,7 +363,7 @@ def port() -> Iterator[int]:
 def test_a_server_that_is_killed_and_restarted(clock: Clock, tmp_path: Path, port: int) -> None:
     with serving.process(tmp_path, port=port) as (child, _):
         client = Replies(f"ws://127.0.0.1:{port}", reply_timeout_s=serving.PATIENCE_S, reconnect_s=serving.PATIENCE_S)
-        runner = ChunkRunner(client, control_hz=HZ, watchdog_s=600.0, clock=clock)
+        runner = ChunkRunner(client, control_hz=HZ, hold="last", watchdog_s=600.0, clock=clock)
         robot = Robot(runner, clock, libero)
         robot.until(accepted(runner, 2))
         child.kill()
@@ -395,7 +398,7 @@ def test_an_observation_does_not_wait_for_a_connection(clock: Clock) -> None:
     with (
         policy_server() as server,
         PolicyClient(server.uri, reply_timeout_s=serving.PATIENCE_S, reconnect_s=serving.PATIENCE_S) as client,
-        ChunkRunner(client, control_hz=HZ, replan_after=5, watchdog_s=60.0, clock=clock) as runner,
+        ChunkRunner(client, control_hz=HZ, hold="last", replan_after=5, watchdog_s=60.0, clock=clock) as runner,
     ):
         robot = Robot(runner, clock, lambda: TOY)
         robot.until(accepted(runner, 1))

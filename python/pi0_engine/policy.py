@@ -136,6 +136,15 @@ class Pi0Policy:
     def config(self) -> Pi0Config:
         return self.transform.config
 
+    @property
+    def robot(self) -> Robot:
+        return self.transform.robot
+
+    @property
+    def continues_chunks(self) -> bool:
+        """Whether a chunk can continue another: guided real-time chunking is defined for Euler's solver alone."""
+        return self.rtc.mode == "trained" or self.engine.engine_config.solver == "euler"
+
     def reset(self) -> None:
         """Begin a new episode: the subtask planner is asked anew."""
         if self.subtask is not None:

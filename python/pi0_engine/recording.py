@@ -22,6 +22,7 @@ from pi0_engine.policy import Pi0Policy
 from pi0_engine.recording_files import Record, encode_record
 from pi0_engine.recording_store import SegmentStore
 from pi0_engine.robot_files import declaration
+from pi0_engine.robots import Robot
 from pi0_engine.rtc import Leftover
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,14 @@ class RecordingPolicy:
     def __init__(self, policy: Pi0Policy, recorder: Recorder, *, seed: int | None = None) -> None:
         self.policy, self.recorder = policy, recorder
         self._rng = np.random.default_rng(seed)
+
+    @property
+    def robot(self) -> Robot:
+        return self.policy.robot
+
+    @property
+    def continues_chunks(self) -> bool:
+        return self.policy.continues_chunks
 
     def infer(
         self,

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import random
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ class PolicyClient:
     Args:
         uri: ``ws://host:port`` or ``wss://host:port``.
         api_key: sent as ``Authorization: Api-Key ...``.
+        tls: for ``wss://`` to a server whose certificate the system does not know:
+            ``ssl.create_default_context(cafile="server.pem")``.
         connect_timeout_s: for one attempt to connect.
         reply_timeout_s: how long to wait for a reply before the connection counts as lost. Above the slowest
             inference, the first one after the server's start included.
@@ -54,7 +57,7 @@ class PolicyClient:
     Raises:
         ConnectionLost: nobody answered within ``reconnect_s``.
         PolicyError: ``unauthorized``.
-        ValueError: a URI that is none, or a package of the extra ``serve`` that is missing.
+        ValueError: a URI that is none, ``tls`` for ``ws://``, or a package of the extra ``serve`` that is missing.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class PolicyClient:
         uri: str,
         api_key: str | None = None,
         *,
+        tls: ssl.SSLContext | None = None,
         connect_timeout_s: float = 10.0,
         reply_timeout_s: float = 30.0,
         reconnect_s: float = 30.0,
@@ -70,6 +74,8 @@ class PolicyClient:
         ping_timeout_s: float = 20.0,
         close_timeout_s: float = 1.0,
     ) -> None:
+        if tls is not None and not uri.startswith("wss://"):
+            raise ValueError(f"tls is given for {uri!r}, expected wss://...: nothing would be encrypted")
         self.uri = uri
         self.metadata: dict[str, Any] = {}
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
@@ -81,6 +87,7 @@ class PolicyClient:
             "ping_interval": ping_interval_s,
             "ping_timeout": ping_timeout_s,
             "close_timeout": close_timeout_s,
+            **({} if tls is None else {"ssl": tls}),
         }
         self._socket: ClientConnection | None = None
         self._names = itertools.count(1)

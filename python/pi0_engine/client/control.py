@@ -81,16 +81,27 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a policy made of a request: actions float [H, A], and what it wants to hear of them again."""
+    """What a policy made of a request.
+
+    Attributes:
+        actions: float [H, A].
+        name: what the policy wants to hear of them again.
+        guarded: what the robot's guards did to them: ``none``, ``clip`` or ``hold``.
+    """
 
     actions: ArrayLike
     name: Any = None
+    guarded: str = "none"
 
 
 class ChunkControl:
     """Decides in each control step what is sent to the robot, and when the next inference begins.
 
-    Args: see :class:`pi0_engine.client.ChunkRunner`.
+    Args:
+        max_step: float [A], the largest change from one command to the next, in robot units, infinite where it is free.
+            The guards see one chunk at a time; where another one takes over, only the control loop knows both sides.
+
+        The others are those of :class:`pi0_engine.client.ChunkRunner`.
 
     Attributes:
         state: ``waiting`` for the first chunk of an episode, ``running``, or ``stopped``.
@@ -106,7 +117,8 @@ class ChunkControl:
         replan_after: int | None = None,
         max_chunk_age_s: float | None = None,
         watchdog_s: float = 2.0,
-        hold: Hold = "last",
+        hold: Hold,
+        max_step: ArrayLike | None = None,
     ) -> None:
         self.delays = DelayEstimator(control_hz)
         self._period = 1 / control_hz
@@ -119,7 +131,8 @@ class ChunkControl:
             raise ValueError(f"hold is {hold!r}, expected 'last', an action, or a function of the last one")
         self._replan_after, self._max_age_s, self._watchdog_s = replan_after or 1, max_chunk_age_s, watchdog_s
         self._hold = hold if callable(hold) or isinstance(hold, str) else np.array(hold, np.float32)
-        self._action_dim = self._hold.size if isinstance(self._hold, np.ndarray) else None
+        self._max_step = None if max_step is None else np.array(max_step, np.float32)
+        self._action_dim = self._width()
         self._schedule = Schedule()
         self.statistics = Statistics()
         self.last_error: Exception | None = None
@@ -127,12 +140,20 @@ class ChunkControl:
         self._announced = -1  # the last epoch that the policy knows of
         self._begin()
 
+    def _width(self) -> int | None:
+        """A, as far as the arguments say. Raises ValueError where they say two things."""
+        hold = self._hold.size if isinstance(self._hold, np.ndarray) else None
+        step = None if self._max_step is None else self._max_step.size
+        if hold is not None and step is not None and hold != step:
+            raise ValueError(f"hold has {hold} numbers, expected {step}: so many actions the policy's robot has")
+        return hold if hold is not None else step
+
     def _begin(self) -> None:
         self.state: State = "waiting"
         self.tick = 0
         self._last: Action | None = None
         self._executing: Chunk | None = None
-        self._fed_at: float | None = None  # when the last chunk was accepted, or the episode's first step
+        self._fed_at: float | None = None  # when nothing was wanted of the policy last, or the episode's first step
         self._stepped_at: float | None = None
 
     @property
@@ -198,6 +219,8 @@ class ChunkControl:
             logger.debug("a chunk was discarded: %s", reason)
             return
         self.statistics.accepted += 1
+        if answer.guarded != "none":
+            self.statistics.guarded[answer.guarded] += 1
         self.state, self._fed_at = "running", now
 
     def fail(self, error: Exception, *, retry: bool = True) -> None:
@@ -214,11 +237,12 @@ class ChunkControl:
         self._busy = False
 
     def _request(self, observation: Mapping[str, Any], now: float) -> Request:
+        taken = copy.deepcopy(dict(observation))  # before anything is counted: what cannot be copied begins nothing
         self._busy = True
         self.statistics.requests += 1
         index = self._schedule.index(self.tick, now)
         return Request(
-            observation=copy.deepcopy(dict(observation)),
+            observation=taken,
             tick=self.tick,
             observed_at=now,
             epoch=self.epoch,
@@ -235,6 +259,10 @@ class ChunkControl:
         action = chunk.actions[index].copy()
         if chunk is not self._executing and self._last is not None:
             self.statistics.seam_jumps.append(float(np.abs(action - self._last).max()))
+        if self._max_step is not None and self._last is not None:
+            # The expressions of the guards' velocity: within a chunk that keeps it this changes nothing.
+            wanted, action = action, np.clip(action, self._last - self._max_step, self._last + self._max_step)
+            self.statistics.limited += bool((action != wanted).any())
         self._executing = chunk
         self.statistics.executed += 1
         return Step(self.tick, action, "chunk", chunk, index)
@@ -249,12 +277,12 @@ class ChunkControl:
         if self._stepped_at is not None and now - self._stepped_at > 1.5 * self._period:
             self.statistics.overruns += 1
         self._stepped_at = now
-        if self._fed_at is None:
+        if self._fed_at is None or not (self._busy or self.wants_observation()):
             self._fed_at = now
         if self.state != "stopped" and now - self._fed_at > self._watchdog_s:
             self.state = "stopped"
             logger.error(
-                "stopped: no new chunk for %.2f s (watchdog_s is %.2f); holding until reset(). Last error: %s",
+                "stopped: no new chunk for %.2f s of asking, watchdog_s is %.2f; holding until reset(). Last error: %s",
                 now - self._fed_at, self._watchdog_s, self.last_error,
             )  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pi0_engine.client.control import Action, ChunkControl, Hold, Request, State, Step
+from pi0_engine.client.declared import Declared
 from pi0_engine.client.sources import as_source
 from pi0_engine.client.statistics import Statistics
 
@@ -32,15 +33,16 @@ class ChunkRunner:
     Args:
         policy: a :class:`~pi0_engine.client.PolicyClient`, a ``Pi0Policy``, or a ``ChunkSource``. It stays its
             owner's: close it after the runner.
-        control_hz: control steps per second, as the policy was trained.
+        control_hz: control steps per second, as the policy was trained; no more than its robot declares.
+        hold: what to send where there is no action: ``"last"``, the last command again, which keeps a robot still that
+            is told positions, and keeps one moving that is told velocities; an action float [A] (zeros for velocities);
+            or a function of the last command, for a mixture.
         replan_after: begin the next inference once the chunk in execution is this many control steps old; None: as
             soon as the last one has ended.
         rtc: let chunks continue each other (real-time chunking), where the policy can.
-        max_chunk_age_s: no action is executed whose observation is older; None: as long as its chunk lasts,
-            H / control_hz. A server is told, and does not begin what would be too late.
-        watchdog_s: stop the episode if no new chunk came for this long. Above the longest inference.
-        hold: what to send where there is no action: ``"last"``, the last command again (position control); an action
-            float [A] (zeros for velocity control); or a function of the last command, for a mixture.
+        max_chunk_age_s: no action is executed whose observation is older, and a server, which is told, does not begin
+            what would be too late; None: as long as its chunk lasts, H / control_hz, and a server is told nothing.
+        watchdog_s: stop the episode if a new chunk is wanted and none came for this long. Above the longest inference.
         clock: seconds, never decreasing.
 
     Raises:
@@ -52,15 +54,18 @@ class ChunkRunner:
         policy: Any,
         *,
         control_hz: float,
+        hold: Hold,
         replan_after: int | None = None,
         rtc: bool = True,
         max_chunk_age_s: float | None = None,
         watchdog_s: float = 2.0,
-        hold: Hold = "last",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        declared = Declared.of(policy)
+        declared.check_rate(control_hz)
         self._control = ChunkControl(
             control_hz=control_hz,
+            max_step=declared.max_step,
             replan_after=replan_after,
             max_chunk_age_s=max_chunk_age_s,
             watchdog_s=watchdog_s,

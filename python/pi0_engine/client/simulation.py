@@ -200,7 +200,9 @@ def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: SimulatedRo
 
 def _asynchronous(conditions: Conditions, source: LocalSource, robot: SimulatedRobot) -> Run:
     # A minute without an answer: what the watchdog does is not what is compared here.
-    control = ChunkControl(control_hz=conditions.control_hz, replan_after=conditions.replan_after, watchdog_s=60.0)
+    control = ChunkControl(
+        control_hz=conditions.control_hz, replan_after=conditions.replan_after, watchdog_s=60.0, hold="last"
+    )
     network = Network(conditions)
     sent: list[Sent] = []
     pending: tuple[float, Request, Answer | None] | None = None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from pi0_engine.client.connection import PolicyClient
 from pi0_engine.client.control import Answer, Request
+from pi0_engine.client.declared import robot_of
 from pi0_engine.client.errors import ConnectionLost
+from pi0_engine.guards import check, check_age
 from pi0_engine.rtc import Leftover
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -24,24 +29,35 @@ class ChunkSource(Protocol):
 
 
 class LocalSource:
-    """A policy in this process.
+    """A policy in this process. Its robot's guards are applied here, as a server would.
 
     Args:
-        policy: a ``Pi0Policy``; without ``rtc`` anything with ``infer(observation) -> {"actions": [H, A], ...}``.
-        rtc: continue the chunk in execution.
+        policy: a ``Pi0Policy`` or ``RecordingPolicy``; without ``rtc`` anything with
+            ``infer(observation) -> {"actions": [H, A], ...}``, whose guards are its own business.
+        rtc: continue the chunk in execution, unless the policy cannot.
+        clock: the one of the runner that asks.
     """
 
-    def __init__(self, policy: Any, *, rtc: bool = True) -> None:
-        self._policy, self._rtc = policy, rtc
+    def __init__(self, policy: Any, *, rtc: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy, self._clock = policy, clock
+        self._rtc = rtc and _can_continue(getattr(policy, "continues_chunks", True))
+        self._robot = robot_of(policy)
 
     def ready(self) -> None:
         pass
 
     def chunk(self, request: Request) -> Answer:
-        if request.new_episode:
+        """As :meth:`ChunkSource.chunk`. Raises GuardViolation where the robot's guards refuse."""
+        if request.new_episode and hasattr(self._policy, "reset"):
             self._policy.reset()
         options = {"leftover": leftover(request)} if self._rtc else {}
-        return Answer(self._policy.infer(request.observation, **options)["actions"])
+        robot = self._robot
+        if robot is None:
+            return Answer(self._policy.infer(request.observation, **options)["actions"])
+        check_age(1e3 * (self._clock() - request.observed_at), robot.guards)
+        reply = self._policy.infer(request.observation, **options)
+        report = check(reply["actions"], reply["state"], robot.guards, robot.control_hz)
+        return Answer(report.actions, guarded=report.applied)
 
 
 class RemoteSource:
@@ -49,12 +65,13 @@ class RemoteSource:
 
     Args:
         client: connected.
-        rtc: continue the chunk in execution; a server that is not pi0-engine's cannot.
+        rtc: continue the chunk in execution; a server that is not pi0-engine's cannot, and one of ours says if not.
         clock: the one of the runner that asks.
     """
 
     def __init__(self, client: PolicyClient, *, rtc: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
-        self._client, self._rtc, self._clock = client, rtc, clock
+        self._client, self._clock = client, clock
+        self._rtc = rtc and _can_continue(client.metadata.get("rtc", "guided") is not None)
 
     def ready(self) -> None:
         self._client.connect()
@@ -67,8 +84,12 @@ class RemoteSource:
         age_ms = 1e3 * max(0.0, self._clock() - request.observed_at)
         left_ms = None if request.max_age_s is None else max(0.0, 1e3 * request.max_age_s - age_ms)
         reply = self._client.infer(request.observation, age_ms=age_ms, deadline_ms=left_ms, rtc=self._continue(request))
-        session = reply.get("session")
-        return Answer(reply["actions"], (session["id"], session["sequence"]) if isinstance(session, dict) else None)
+        session, guards = reply.get("session"), reply.get("guards")
+        return Answer(
+            reply["actions"],
+            (session["id"], session["sequence"]) if isinstance(session, dict) else None,
+            guards["applied"] if isinstance(guards, dict) else "none",
+        )
 
     def _continue(self, request: Request) -> dict[str, int] | None:
         previous = request.previous
@@ -78,6 +99,13 @@ class RemoteSource:
         if session != self._client.session:
             return None  # the server that remembered the chunk is gone, or the session with it
         return {"executed": request.executed, "delay": request.delay, "sequence": sequence}
+
+
+def _can_continue(able: bool) -> bool:
+    """Say it where chunks that should continue each other will not."""
+    if not able:
+        logger.warning("the policy's solver cannot be guided: chunks will not continue each other (rtc)")
+    return able
 
 
 def leftover(request: Request) -> Leftover | None:
@@ -99,5 +127,5 @@ def as_source(policy: Any, *, rtc: bool, clock: Callable[[], float]) -> ChunkSou
     if isinstance(policy, PolicyClient):
         return RemoteSource(policy, rtc=rtc, clock=clock)
     if callable(getattr(policy, "infer", None)):
-        return LocalSource(policy, rtc=rtc)
+        return LocalSource(policy, rtc=rtc, clock=clock)
     raise ValueError(f"the policy is {policy!r}, expected a Pi0Policy, a PolicyClient or a ChunkSource")

@@ -18,12 +18,15 @@ class Statistics:
 
     Attributes:
         executed: control steps that executed an action of a chunk.
+        limited: of them, how many were brought nearer to the command before, as ``max_velocity`` of the robot's guards
+            asks for: at seams.
         held: control steps in an episode for which there was none (a deadline miss).
         waiting: control steps before the first chunk of an episode.
         stopped: control steps after the watchdog had stopped the episode.
         overruns: control steps that came more than half a period late.
         requests: inferences begun.
         accepted: chunks that took over.
+        guarded: of them, those that the robot's guards had changed, by ``clip`` or ``hold``.
         discarded: chunks that did not, by reason (``schedule.Discarded``, ``stopped``).
         errors: failed inferences by code or exception.
         latencies_s: of inferences, from the observation to the chunk.
@@ -31,12 +34,14 @@ class Statistics:
     """
 
     executed: int = 0
+    limited: int = 0
     held: int = 0
     waiting: int = 0
     stopped: int = 0
     overruns: int = 0
     requests: int = 0
     accepted: int = 0
+    guarded: Counter[str] = field(default_factory=Counter)
     discarded: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -48,10 +53,11 @@ class Statistics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON and logs."""
-        counts = ("executed", "held", "waiting", "stopped", "overruns", "requests", "accepted")
+        counts = ("executed", "limited", "held", "waiting", "stopped", "overruns", "requests", "accepted")
         return {
             "steps": self.steps,
             **{name: getattr(self, name) for name in counts},
+            "guarded": dict(self.guarded),
             "discarded": dict(self.discarded),
             "errors": dict(self.errors),
             "latency_ms": {key: 1e3 * value for key, value in summary(self.latencies_s).items()},
