@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import signal
 import socket
@@ -10,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import websockets.exceptions
@@ -19,6 +22,9 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from pi0_engine.cli import main
 from pi0_engine.serving.wire import packb, unpackb
 from serving import PATIENCE_S, observation, process
+
+#: Flow steps that keep the small model busy for seconds.
+SLOW_STEPS = 600
 
 
 def free_port() -> int:
@@ -81,6 +87,75 @@ def test_a_client_killed_in_the_middle_of_a_request_leaves_nothing_behind(tmp_pa
 def _metrics(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
         return str(response.read().decode())
+
+
+def occupy(connection: Any) -> None:
+    """Return when a slow server certainly computes for this connection, and another of its requests waits."""
+    overtaken = 0
+    for number in itertools.count():
+        connection.send(packb({**observation(), "pi0_engine": {"request": number}}))
+        with contextlib.suppress(TimeoutError):
+            refused = json.loads(connection.recv(0.2))
+            assert refused["code"] == "superseded"
+            if refused["request"] != overtaken:  # a newer request took the place of each but one: the engine has that
+                return
+            overtaken += 1
+
+
+def refusal(connection: Any, code: str) -> Any:
+    """The next refusal with this code; others before it are superseded."""
+    while (refused := json.loads(connection.recv(PATIENCE_S)))["code"] != code:
+        assert refused["code"] == "superseded"
+    return refused
+
+
+def test_a_drain_that_runs_out_of_time_ends_the_process_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The inference thread cannot be ended; the interpreter's own end would run into it and abort."""
+    recorded = tmp_path / "recorded"
+    options = ["--drain-s", "0.05", "--record", str(recorded), "--verbose"]
+    with (
+        process(tmp_path, *options, num_steps=SLOW_STEPS) as (server, port),
+        websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection,
+    ):
+        connection.recv(PATIENCE_S)
+        connection.send(packb({**observation(), "pi0_engine": {"request": "answered"}}))
+        assert unpackb(connection.recv(PATIENCE_S))["request"] == "answered"
+        occupy(connection)
+        server.send_signal(signal.SIGTERM)
+        refusal(connection, "shutting_down")  # what waited
+        with pytest.raises(websockets.exceptions.ConnectionClosedOK) as caught:
+            connection.recv(PATIENCE_S)
+        assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
+        assert server.wait(PATIENCE_S) == 1
+    log = (tmp_path / "log").read_text()
+    assert "answers were still under way after 0.05 s" in log and "terminate called" not in log
+    assert f"recorded 1 inferences into {recorded}" in log  # the recorder was closed
+    assert main(["replay", str(recorded), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["compared"] == 1
+
+
+def wait_until_closed(port: int) -> None:
+    """Return when a server takes no more connections: it drains."""
+    end = time.monotonic() + PATIENCE_S
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < end:
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
+            time.sleep(0.02)
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    with (
+        process(tmp_path, num_steps=SLOW_STEPS) as (server, port),
+        websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection,
+    ):
+        connection.recv(PATIENCE_S)
+        occupy(connection)
+        server.send_signal(signal.SIGINT)
+        wait_until_closed(port)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE_S) == -signal.SIGINT
 
 
 def test_what_cannot_be_served_is_said_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -33,6 +34,7 @@ class Responder:
     def __init__(self, policy: Pi0Policy, metrics: Metrics, recorder: Recorder | None = None) -> None:
         self.policy, self._metrics, self._recorder = policy, metrics, recorder
         self._robot = policy.transform.robot
+        self._closing = threading.Lock()
 
     def answer(self, job: Job) -> bytes:
         """The reply's bytes.
@@ -102,9 +104,10 @@ class Responder:
         return packb(reply)
 
     def close(self) -> None:
-        """Write what the recorder still holds."""
+        """Write what the recorder still holds; returns when that is done, whichever thread began. Answers go on."""
         if self._recorder is not None:
-            self._recorder.close()
+            with self._closing:
+                self._recorder.close()
 
     def _record(self, job: Job, reply: dict[str, Any], **record: Any) -> None:
         if self._recorder is not None:

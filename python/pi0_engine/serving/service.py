@@ -158,13 +158,16 @@ class Service:
         self._queue.close()
 
     def finish(self, timeout_s: float) -> bool:
-        """After :meth:`stop`: wait for the answers. Blocks; what is left after the time is refused.
+        """After :meth:`stop`: wait for the answers, and close the recorder. Blocks.
 
-        Returns whether all was answered in time.
+        Returns whether all was answered in time. If not, what waits is refused, what is being computed is neither
+        recorded nor to be waited for, and its thread is still at work: see :attr:`PolicyServer.drained`.
         """
         if self._worker.join(timeout_s):
             return True
         self._queue.abandon()
+        if self.ready.done() and self.ready.exception() is None:
+            self.ready.result().close()
         return False
 
     @property
