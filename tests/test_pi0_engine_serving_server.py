@@ -43,6 +43,12 @@ def connect(port: int) -> Iterator[Any]:
         yield connection
 
 
+def greeting(port: int) -> Any:
+    """What a new client is told."""
+    with websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection:
+        return unpackb(connection.recv(PATIENCE_S))
+
+
 def ask(connection: Any, **message: Any) -> Any:
     """One request: the reply's map, or the refusal's."""
     connection.send(packb(message))
@@ -246,6 +252,7 @@ def test_a_reset_begins_anew_and_drops_what_was_under_way() -> None:
 
 
 def test_a_chunk_continues_the_one_in_execution(server: BackgroundServer) -> None:
+    assert greeting(server.port)["rtc"]["mode"] == "guided"
     with connect(server.port) as connection, connect(server.port) as other:
 
         def next_chunk(seed: int, **rtc: int) -> Any:
@@ -280,6 +287,7 @@ def test_a_solver_that_cannot_be_guided_refuses_to_continue() -> None:
     """With the first message that asks: no robot learns it with a chunk in execution. Others are answered."""
     second_order = fresh_policy(solver="adams_bashforth")
     with serving(lambda: second_order) as running, connect(running.port) as connection:
+        assert greeting(running.port)["rtc"] is None
         refused = ask(connection, **observation(), pi0_engine={"rtc": {"executed": 0, "delay": 0}})
         assert refused["code"] == "bad_request" and "the solver is 'adams_bashforth'" in refused["message"]
         answer = ask(connection, **observation(), pi0_engine={"seed": 2})
