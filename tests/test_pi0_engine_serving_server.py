@@ -201,6 +201,28 @@ def test_a_full_queue_answers_at_once() -> None:
         assert reply(a)["actions"].shape == reply(b)["actions"].shape == (10, 7)
 
 
+def test_a_refused_request_resets_nothing() -> None:
+    gated = Gated.make()
+    with serving(lambda: gated, service=ServiceOptions(max_waiting=1)) as running, contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(connect(running.port)) for _ in range(2))
+        gated.wait_until_entered()
+        gated.gate.clear()
+        a.send(packb({**observation(), "pi0_engine": {"request": "running", "seed": 1}}))
+        gated.wait_until_entered()
+        b.send(packb(observation()))
+        while "pi0_waiting 1.0" not in http(running.port, "/metrics")[1]:
+            pass
+        refused = ask(a, **observation(), pi0_engine={"request": "reset", "reset": True, "seed": 2})
+        assert (refused["code"], refused["request"]) == ("queue_full", "reset")
+        gated.gate.set()
+        answer = reply(a)
+        assert answer["request"] == "running" and answer["session"]["epoch"] == 0
+        rng = np.random.default_rng(1)
+        noise(rng)
+        expected = policy().infer(observation(), noise=noise(rng))  # the noise goes on where it was
+        np.testing.assert_array_equal(ask(a, **observation())["actions"], expected["actions"])
+
+
 def test_deadlines_are_met_missed_or_too_late_to_begin() -> None:
     gated = Gated.make()
     with serving(lambda: gated) as running, connect(running.port) as connection, connect(running.port) as other:

@@ -141,6 +141,9 @@ class Service:
         """
         received = time.perf_counter()
         request = read_request(data, self._policy.transform.robot)
+        if request.observation is not None:
+            # Before anything is changed: a request that is refused resets nothing. Nobody else puts, so room remains.
+            self._queue.check_room(session, request.name)
         if request.reset:
             session.reset(request.seed)
             self._queue.drop(session, "the session was reset")
