@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import websockets.exceptions
 import websockets.sync.client as websocket
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from pi0_engine.cli import main
+from pi0_engine.client import ConnectionLost, PolicyClient
 from pi0_engine.serving.wire import packb, unpackb
-from serving import PATIENCE_S, observation, process
+from serving import PATIENCE_S, noise, observation, policy, process
 
 #: Flow steps that keep the small model busy for seconds.
 SLOW_STEPS = 600
@@ -45,6 +48,33 @@ def test_a_killed_server_is_noticed_and_a_new_one_serves_on(tmp_path: Path) -> N
         client = WebsocketClientPolicy("127.0.0.1", port)
         answer = client.infer(observation())
         assert answer["session"]["sequence"] == 1  # nothing of the old session is left
+
+
+def test_a_server_killed_with_an_answer_outstanding_is_noticed_and_survived(tmp_path: Path) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        with (
+            process(tmp_path, port=port, num_steps=SLOW_STEPS) as (server, _),
+            websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as other,
+        ):
+            other.recv(PATIENCE_S)
+            client = stack.enter_context(PolicyClient(f"ws://127.0.0.1:{port}"))
+            before = client.session
+            occupy(other)
+            outstanding = pool.submit(client.infer, observation(seed=1), seed=1)
+            while "pi0_waiting 2.0" not in _metrics(port):  # one of each: the server has the client's request
+                assert not outstanding.done()
+            server.send_signal(signal.SIGKILL)
+            with pytest.raises(ConnectionLost):
+                outstanding.result(PATIENCE_S)
+            with pytest.raises(websockets.exceptions.ConnectionClosedError):  # nothing was answered in between
+                while True:
+                    assert json.loads(other.recv(PATIENCE_S))["code"] == "superseded"
+        with process(tmp_path, port=port):
+            answer = client.infer(observation(seed=1), seed=1)  # the same client, on a connection of its own making
+            assert answer["session"]["sequence"] == 1 and client.session not in (None, before)
+            expected = policy().infer(observation(seed=1), noise=noise(np.random.default_rng(1)))
+            np.testing.assert_allclose(answer["actions"], expected["actions"], rtol=0, atol=1e-5)
 
 
 CLIENT = """
