@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,20 @@ def serving(
 
 @contextlib.contextmanager
 def process(
-    tmp_path: Path, *arguments: str, robot: str = "libero", port: int = 0, num_steps: int = SIZES["num_steps"]
+    tmp_path: Path,
+    *arguments: str,
+    robot: str = "libero",
+    port: int = 0,
+    program: Sequence[str] = ("-m", "pi0_engine.cli"),
 ) -> Iterator[tuple[Any, int]]:
     """``pi0-engine serve`` with the small model: the process and its port. Killed at the end if it is still there.
 
     Args:
-        num_steps: flow steps per chunk. With thousands, an inference takes seconds.
+        program: of Python, which runs the command.
     """
     sizes = tmp_path / "sizes.json"
-    sizes.write_text(json.dumps({**SIZES, "num_steps": num_steps}))
-    command = [sys.executable, "-m", "pi0_engine.cli", "serve", "--robot", robot, "--config", str(sizes)]
+    sizes.write_text(json.dumps(SIZES))
+    command = [sys.executable, *program, "serve", "--robot", robot, "--config", str(sizes)]
     command += ["--random-weights", "0", "--dtype", "float32", "--port", str(port), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"  # such small products only wait for a second thread, long on a busy machine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import signal
 import socket
@@ -26,8 +25,24 @@ from pi0_engine.client import ConnectionLost, PolicyClient
 from pi0_engine.serving.wire import packb, unpackb
 from serving import PATIENCE_S, noise, observation, policy, process
 
-#: Flow steps that keep the small model busy for seconds.
-SLOW_STEPS = 600
+#: An instruction on which the policy below computes for ever.
+ENDLESS = "count the stars"
+#: The command with such a policy; it says so when it has begun.
+ENDLESS_POLICY = f"""
+import sys, torch
+from pi0_engine.cli import main
+from pi0_engine.policy import Pi0Policy
+
+def infer(policy, observation, _infer=Pi0Policy.infer, **options):
+    if getattr(observation, "prompt", None) == "{ENDLESS}":
+        print("computing", flush=True)
+        while True:
+            torch.ones(64, 64) @ torch.ones(64, 64)
+    return _infer(policy, observation, **options)
+
+Pi0Policy.infer = infer
+sys.exit(main())
+"""
 
 
 def free_port() -> int:
@@ -54,22 +69,20 @@ def test_a_server_killed_with_an_answer_outstanding_is_noticed_and_survived(tmp_
     port = free_port()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         with (
-            process(tmp_path, port=port, num_steps=SLOW_STEPS) as (server, _),
+            process(tmp_path, port=port, program=["-c", ENDLESS_POLICY]) as (server, _),
             websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as other,
         ):
             other.recv(PATIENCE_S)
             client = stack.enter_context(PolicyClient(f"ws://127.0.0.1:{port}"))
             before = client.session
-            occupy(other)
+            occupy(server, other)
             outstanding = pool.submit(client.infer, observation(seed=1), seed=1)
-            while "pi0_waiting 2.0" not in _metrics(port):  # one of each: the server has the client's request
-                assert not outstanding.done()
+            wait_until_one_waits(port)
             server.send_signal(signal.SIGKILL)
             with pytest.raises(ConnectionLost):
                 outstanding.result(PATIENCE_S)
-            with pytest.raises(websockets.exceptions.ConnectionClosedError):  # nothing was answered in between
-                while True:
-                    assert json.loads(other.recv(PATIENCE_S))["code"] == "superseded"
+            with pytest.raises(websockets.exceptions.ConnectionClosedError):
+                other.recv(PATIENCE_S)
         with process(tmp_path, port=port):
             answer = client.infer(observation(seed=1), seed=1)  # the same client, on a connection of its own making
             assert answer["session"]["sequence"] == 1 and client.session not in (None, before)
@@ -119,24 +132,17 @@ def _metrics(port: int) -> str:
         return str(response.read().decode())
 
 
-def occupy(connection: Any) -> None:
-    """Return when a slow server certainly computes for this connection, and another of its requests waits."""
-    overtaken = 0
-    for number in itertools.count():
-        connection.send(packb({**observation(), "pi0_engine": {"request": number}}))
-        with contextlib.suppress(TimeoutError):
-            refused = json.loads(connection.recv(0.2))
-            assert refused["code"] == "superseded"
-            if refused["request"] != overtaken:  # a newer request took the place of each but one: the engine has that
-                return
-            overtaken += 1
+def occupy(server: Any, connection: Any) -> None:
+    """Return when the engine of a server with the endless policy is certainly at work, for this connection."""
+    connection.send(packb({**observation(), "prompt": ENDLESS, "pi0_engine": {"request": "endless"}}))
+    assert server.stdout.readline() == "computing\n"
 
 
-def refusal(connection: Any, code: str) -> Any:
-    """The next refusal with this code; others before it are superseded."""
-    while (refused := json.loads(connection.recv(PATIENCE_S)))["code"] != code:
-        assert refused["code"] == "superseded"
-    return refused
+def wait_until_one_waits(port: int) -> None:
+    """Return when a session waits for the engine."""
+    end = time.monotonic() + PATIENCE_S
+    while "pi0_waiting 1.0" not in _metrics(port):
+        assert time.monotonic() < end
 
 
 def test_a_drain_that_runs_out_of_time_ends_the_process_in_order(
@@ -146,15 +152,18 @@ def test_a_drain_that_runs_out_of_time_ends_the_process_in_order(
     recorded = tmp_path / "recorded"
     options = ["--drain-s", "0.05", "--record", str(recorded), "--verbose"]
     with (
-        process(tmp_path, *options, num_steps=SLOW_STEPS) as (server, port),
+        process(tmp_path, *options, program=["-c", ENDLESS_POLICY]) as (server, port),
         websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection,
     ):
         connection.recv(PATIENCE_S)
         connection.send(packb({**observation(), "pi0_engine": {"request": "answered"}}))
         assert unpackb(connection.recv(PATIENCE_S))["request"] == "answered"
-        occupy(connection)
+        occupy(server, connection)
+        connection.send(packb({**observation(), "pi0_engine": {"request": "waiting"}}))
+        wait_until_one_waits(port)
         server.send_signal(signal.SIGTERM)
-        refusal(connection, "shutting_down")  # what waited
+        refused = json.loads(connection.recv(PATIENCE_S))
+        assert (refused["code"], refused["request"]) == ("shutting_down", "waiting")
         with pytest.raises(websockets.exceptions.ConnectionClosedOK) as caught:
             connection.recv(PATIENCE_S)
         assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
@@ -177,11 +186,11 @@ def wait_until_closed(port: int) -> None:
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     with (
-        process(tmp_path, num_steps=SLOW_STEPS) as (server, port),
+        process(tmp_path, program=["-c", ENDLESS_POLICY]) as (server, port),
         websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection,
     ):
         connection.recv(PATIENCE_S)
-        occupy(connection)
+        occupy(server, connection)
         server.send_signal(signal.SIGINT)
         wait_until_closed(port)
         server.send_signal(signal.SIGINT)
