@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pi0_engine.tokenizer_files import demo_tokenizer
 #: A hang is a failure after so many seconds; nothing here takes a tenth of it on a quiet machine.
 PATIENCE_S = 120
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "model_type": "pi0",
     "vision": {"width": 36, "depth": 2, "num_heads": 3, "mlp_dim": 52, "image_size": 28},
     "llm": {
@@ -46,9 +46,8 @@ SIZES = {
 
 def config() -> Pi0Config:
     """A π0 that answers in a few milliseconds."""
-    sizes: dict[str, Any] = dict(SIZES)
     towers = {"vision": SiglipConfig, "llm": GemmaConfig, "expert": GemmaConfig}
-    return Pi0Config(**{key: towers[key](**value) if key in towers else value for key, value in sizes.items()})
+    return Pi0Config(**{key: towers[key](**value) if key in towers else value for key, value in SIZES.items()})
 
 
 @functools.cache
@@ -85,11 +84,21 @@ def serving(
 
 
 @contextlib.contextmanager
-def process(tmp_path: Path, *arguments: str, robot: str = "libero", port: int = 0) -> Iterator[tuple[Any, int]]:
-    """``pi0-engine serve`` with the small model: the process and its port. Killed at the end if it is still there."""
+def process(
+    tmp_path: Path,
+    *arguments: str,
+    robot: str = "libero",
+    port: int = 0,
+    program: Sequence[str] = ("-m", "pi0_engine.cli"),
+) -> Iterator[tuple[Any, int]]:
+    """``pi0-engine serve`` with the small model: the process and its port. Killed at the end if it is still there.
+
+    Args:
+        program: of Python, which runs the command.
+    """
     sizes = tmp_path / "sizes.json"
     sizes.write_text(json.dumps(SIZES))
-    command = [sys.executable, "-m", "pi0_engine.cli", "serve", "--robot", robot, "--config", str(sizes)]
+    command = [sys.executable, *program, "serve", "--robot", robot, "--config", str(sizes)]
     command += ["--random-weights", "0", "--dtype", "float32", "--port", str(port), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"  # such small products only wait for a second thread, long on a busy machine

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from pi0_engine.cli import main
+from pi0_engine.client import ChunkRunner
 from pi0_engine.commands.replay import default_tolerance
 from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig, SolverName
 from pi0_engine.guards import check
@@ -143,6 +145,24 @@ def test_the_instruction_of_a_planner_is_recorded(policy: Pi0Policy, tmp_path: P
     assert record.prompt == "open the drawer"
     again = policy.infer(observation(0), prompt="open the drawer", noise=record.noise)
     np.testing.assert_array_equal(again["actions"], reply["actions"])
+
+
+def test_a_control_loop_runs_on_a_recording_policy(tmp_path: Path) -> None:
+    """Its episodes too: each begins with a reset, and the planner is asked anew."""
+    planned, subtasks = make_policy("libero"), iter(["open the drawer", "pick up the bowl"])
+    planned.subtask = SubtaskPlanner(lambda _: next(subtasks), period_s=1e6)
+    with Recorder(tmp_path, describe_policy(planned)) as recorder:
+        recorded = RecordingPolicy(planned, recorder)
+        with ChunkRunner(recorded, control_hz=10, hold="last", max_chunk_age_s=1e6, watchdog_s=1e6) as runner:
+            for _ in range(2):
+                runner.reset()
+                end = time.monotonic() + 120
+                while runner.state != "running" and runner.last_error is None and time.monotonic() < end:
+                    runner.step(observation(0))
+                    time.sleep(0.01)
+                assert runner.state == "running", runner.last_error
+    instructions = [record.prompt for record in Recording(tmp_path)]
+    assert instructions[0] == "open the drawer" and instructions[-1] == "pick up the bowl"
 
 
 def test_bfloat16_repeats_to_the_bit_and_float32_is_near_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

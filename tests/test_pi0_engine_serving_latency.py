@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pi0_engine.serving.latency as latency_module
 from pi0_engine.cli import main
 from pi0_engine.config import EngineConfig
 from pi0_engine.serving.latency import SHELLS, measure_shells
@@ -40,5 +43,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(shell in text for shell in SHELLS) and "beyond the engine" in text and "an echo of" in text
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["observation"]["views"] == 2
-    assert main([*command, "--baseline", "reference"]) == 2
-    assert "--layers knows neither" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter would wait for it at its end, for ever."""
+
+    def broken(*given: Any) -> Any:
+        raise ValueError("no server today")
+
+    monkeypatch.setattr(latency_module, "BackgroundServer", broken)
+    with pytest.raises(ValueError, match="no server today"):
+        measure_shells(config(), EngineConfig(dtype="float32"), side=32, runs=1)
+    left = multiprocessing.active_children()
+    for child in left:  # or this one would not end either
+        child.kill()
+    assert not left
+
+
+def test_options_of_the_stages_are_not_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, named in (
+        (["--baseline", "reference"], "--baseline"),
+        (["--plot", "stages.png", "--horizon", "20"], "--horizon, --plot"),
+        (["--num-steps", "5"], "--num-steps"),
+        (["--prompt-tokens", "48"], "--prompt-tokens"),
+    ):
+        assert main(["bench", "--layers", *options]) == 2
+        assert f"--layers knows no {named}:" in capsys.readouterr().err

@@ -298,6 +298,9 @@ def test_the_builder_takes_the_command_s_options(tmp_path: Path, monkeypatch: py
         ({}, "expected api_key_file"),
         ({"port": 8000}, "port is given: Ray decides it"),
         ({"allow_unauthenticated": True, "device": "gpu"}, "expected 'cpu' or 'cuda'"),
+        ({"allow_unauthenticated": "false"}, "expected api_key_file"),
+        ({"allow_unauthenticated": True, "max_wating": 5}, "Unrecognized options: --max-wating"),
+        ({"allow_unauthenticated": True, "max_waiting": "many"}, "Error parsing --max-waiting"),
     ):
         with pytest.raises(ValueError, match=message):
             app({**model, **wrong})
@@ -308,6 +311,10 @@ def test_the_builder_takes_the_command_s_options(tmp_path: Path, monkeypatch: py
     assert config.autoscaling_config.max_replicas == 3 and config.autoscaling_config.downscale_delay_s == 7
     assert config.autoscaling_config.target_ongoing_requests == 2
     assert built._bound_deployment.ray_actor_options["num_cpus"] == 1
+    # One and zero are numbers here, not flags.
+    built = app({**model, "allow_unauthenticated": True, "max_waiting": 1, "seed": 0, "verbose": False, "record": None})
+    (replica,) = built._bound_deployment.init_args
+    assert (replica.service.max_waiting, replica.service.seed, replica.verbose) == (1, 0, False)
 
 
 def descendants(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -9,16 +10,39 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import websockets.exceptions
 import websockets.sync.client as websocket
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from pi0_engine.cli import main
+from pi0_engine.client import ConnectionLost, PolicyClient
 from pi0_engine.serving.wire import packb, unpackb
-from serving import PATIENCE_S, observation, process
+from serving import PATIENCE_S, noise, observation, policy, process
+
+#: An instruction on which the policy below computes for ever.
+ENDLESS = "count the stars"
+#: The command with such a policy; it says so when it has begun.
+ENDLESS_POLICY = f"""
+import sys, torch
+from pi0_engine.cli import main
+from pi0_engine.policy import Pi0Policy
+
+def infer(policy, observation, _infer=Pi0Policy.infer, **options):
+    if getattr(observation, "prompt", None) == "{ENDLESS}":
+        print("computing", flush=True)
+        while True:
+            torch.ones(64, 64) @ torch.ones(64, 64)
+    return _infer(policy, observation, **options)
+
+Pi0Policy.infer = infer
+sys.exit(main())
+"""
 
 
 def free_port() -> int:
@@ -39,6 +63,31 @@ def test_a_killed_server_is_noticed_and_a_new_one_serves_on(tmp_path: Path) -> N
         client = WebsocketClientPolicy("127.0.0.1", port)
         answer = client.infer(observation())
         assert answer["session"]["sequence"] == 1  # nothing of the old session is left
+
+
+def test_a_server_killed_with_an_answer_outstanding_is_noticed_and_survived(tmp_path: Path) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        with (
+            process(tmp_path, port=port, program=["-c", ENDLESS_POLICY]) as (server, _),
+            websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as other,
+        ):
+            other.recv(PATIENCE_S)
+            client = stack.enter_context(PolicyClient(f"ws://127.0.0.1:{port}"))
+            before = client.session
+            occupy(server, other)
+            outstanding = pool.submit(client.infer, observation(seed=1), seed=1)
+            wait_until_one_waits(port)
+            server.send_signal(signal.SIGKILL)
+            with pytest.raises(ConnectionLost):
+                outstanding.result(PATIENCE_S)
+            with pytest.raises(websockets.exceptions.ConnectionClosedError):
+                other.recv(PATIENCE_S)
+        with process(tmp_path, port=port):
+            answer = client.infer(observation(seed=1), seed=1)  # the same client, on a connection of its own making
+            assert answer["session"]["sequence"] == 1 and client.session not in (None, before)
+            expected = policy().infer(observation(seed=1), noise=noise(np.random.default_rng(1)))
+            np.testing.assert_allclose(answer["actions"], expected["actions"], rtol=0, atol=1e-5)
 
 
 CLIENT = """
@@ -81,6 +130,71 @@ def test_a_client_killed_in_the_middle_of_a_request_leaves_nothing_behind(tmp_pa
 def _metrics(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
         return str(response.read().decode())
+
+
+def occupy(server: Any, connection: Any) -> None:
+    """Return when the engine of a server with the endless policy is certainly at work, for this connection."""
+    connection.send(packb({**observation(), "prompt": ENDLESS, "pi0_engine": {"request": "endless"}}))
+    assert server.stdout.readline() == "computing\n"
+
+
+def wait_until_one_waits(port: int) -> None:
+    """Return when a session waits for the engine."""
+    end = time.monotonic() + PATIENCE_S
+    while "pi0_waiting 1.0" not in _metrics(port):
+        assert time.monotonic() < end
+
+
+def test_a_drain_that_runs_out_of_time_ends_the_process_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The inference thread cannot be ended; the interpreter's own end would run into it and abort."""
+    recorded = tmp_path / "recorded"
+    options = ["--drain-s", "0.05", "--record", str(recorded), "--verbose"]
+    with (
+        process(tmp_path, *options, program=["-c", ENDLESS_POLICY]) as (server, port),
+        websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection,
+    ):
+        connection.recv(PATIENCE_S)
+        connection.send(packb({**observation(), "pi0_engine": {"request": "answered"}}))
+        assert unpackb(connection.recv(PATIENCE_S))["request"] == "answered"
+        occupy(server, connection)
+        connection.send(packb({**observation(), "pi0_engine": {"request": "waiting"}}))
+        wait_until_one_waits(port)
+        server.send_signal(signal.SIGTERM)
+        refused = json.loads(connection.recv(PATIENCE_S))
+        assert (refused["code"], refused["request"]) == ("shutting_down", "waiting")
+        with pytest.raises(websockets.exceptions.ConnectionClosedOK) as caught:
+            connection.recv(PATIENCE_S)
+        assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
+        assert server.wait(PATIENCE_S) == 1
+    log = (tmp_path / "log").read_text()
+    assert "answers were still under way after 0.05 s" in log and "terminate called" not in log
+    assert f"recorded 1 inferences into {recorded}" in log  # the recorder was closed
+    assert main(["replay", str(recorded), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["compared"] == 1
+
+
+def wait_until_closed(port: int) -> None:
+    """Return when a server takes no more connections: it drains."""
+    end = time.monotonic() + PATIENCE_S
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < end:
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
+            time.sleep(0.02)
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    with (
+        process(tmp_path, program=["-c", ENDLESS_POLICY]) as (server, port),
+        websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection,
+    ):
+        connection.recv(PATIENCE_S)
+        occupy(server, connection)
+        server.send_signal(signal.SIGINT)
+        wait_until_closed(port)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE_S) == -signal.SIGINT
 
 
 def test_what_cannot_be_served_is_said_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def connect(port: int) -> Iterator[Any]:
         yield connection
 
 
+def greeting(port: int) -> Any:
+    """What a new client is told."""
+    with websocket.connect(f"ws://127.0.0.1:{port}", compression=None) as connection:
+        return unpackb(connection.recv(PATIENCE_S))
+
+
 def ask(connection: Any, **message: Any) -> Any:
     """One request: the reply's map, or the refusal's."""
     connection.send(packb(message))
@@ -195,6 +201,28 @@ def test_a_full_queue_answers_at_once() -> None:
         assert reply(a)["actions"].shape == reply(b)["actions"].shape == (10, 7)
 
 
+def test_a_refused_request_resets_nothing() -> None:
+    gated = Gated.make()
+    with serving(lambda: gated, service=ServiceOptions(max_waiting=1)) as running, contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(connect(running.port)) for _ in range(2))
+        gated.wait_until_entered()
+        gated.gate.clear()
+        a.send(packb({**observation(), "pi0_engine": {"request": "running", "seed": 1}}))
+        gated.wait_until_entered()
+        b.send(packb(observation()))
+        while "pi0_waiting 1.0" not in http(running.port, "/metrics")[1]:
+            pass
+        refused = ask(a, **observation(), pi0_engine={"request": "reset", "reset": True, "seed": 2})
+        assert (refused["code"], refused["request"]) == ("queue_full", "reset")
+        gated.gate.set()
+        answer = reply(a)
+        assert answer["request"] == "running" and answer["session"]["epoch"] == 0
+        rng = np.random.default_rng(1)
+        noise(rng)
+        expected = policy().infer(observation(), noise=noise(rng))  # the noise goes on where it was
+        np.testing.assert_array_equal(ask(a, **observation())["actions"], expected["actions"])
+
+
 def test_deadlines_are_met_missed_or_too_late_to_begin() -> None:
     gated = Gated.make()
     with serving(lambda: gated) as running, connect(running.port) as connection, connect(running.port) as other:
@@ -246,6 +274,7 @@ def test_a_reset_begins_anew_and_drops_what_was_under_way() -> None:
 
 
 def test_a_chunk_continues_the_one_in_execution(server: BackgroundServer) -> None:
+    assert greeting(server.port)["rtc"]["mode"] == "guided"
     with connect(server.port) as connection, connect(server.port) as other:
 
         def next_chunk(seed: int, **rtc: int) -> Any:
@@ -280,6 +309,7 @@ def test_a_solver_that_cannot_be_guided_refuses_to_continue() -> None:
     """With the first message that asks: no robot learns it with a chunk in execution. Others are answered."""
     second_order = fresh_policy(solver="adams_bashforth")
     with serving(lambda: second_order) as running, connect(running.port) as connection:
+        assert greeting(running.port)["rtc"] is None
         refused = ask(connection, **observation(), pi0_engine={"rtc": {"executed": 0, "delay": 0}})
         assert refused["code"] == "bad_request" and "the solver is 'adams_bashforth'" in refused["message"]
         answer = ask(connection, **observation(), pi0_engine={"seed": 2})

@@ -198,6 +198,10 @@ class RecordingPolicy:
         )
         return reply
 
+    def reset(self) -> None:
+        """Begin a new episode, as :meth:`Pi0Policy.reset`. The noise goes on where it was."""
+        self.policy.reset()
+
 
 def describe_policy(policy: Pi0Policy, **sources: Any) -> dict[str, Any]:
     """What a replay needs to know about a policy, as JSON values.

@@ -95,8 +95,11 @@ class Bench:
         return 0
 
     def _layers(self, config: Pi0Config, engine: EngineConfig) -> int:
-        if self.baseline or self.plot:
-            raise ValueError("--layers knows neither --baseline nor --plot")
+        of_the_stages = ("prompt_tokens", "horizon", "num_steps", "baseline", "plot")
+        given = [name for name in of_the_stages if getattr(self, name) != Bench.__dataclass_fields__[name].default]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--layers knows no {options}: it takes the sizes and the flow steps of --config")
         from pi0_engine.serving.latency import measure_shells
 
         report = measure_shells(

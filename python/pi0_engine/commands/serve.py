@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -26,6 +28,8 @@ from pi0_engine.serving.ray_run import run_fleet
 from pi0_engine.serving.server import PolicyServer, ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Serve:
@@ -33,7 +37,8 @@ class Serve:
 
     A robot that talks to openpi changes one address. Prints one line, `ready on ws://HOST:PORT`, when the policy has
     answered once; the log goes to stderr. `GET /healthz` answers from the start, `/readyz` from then on, `/metrics`
-    is for Prometheus. SIGTERM ends it when the answers under way are out. docs/serving.md says more. Example:
+    is for Prometheus. SIGTERM ends it when the answers under way are out: status 0, or 1 if that took longer than
+    --drain-s. docs/serving.md says more. Example:
 
         pi0-engine serve --checkpoint CHECKPOINT --robot droid --device cuda
     """
@@ -86,7 +91,7 @@ class Serve:
     max_message_mb: float = 16.0
     """Largest message, in 10^6 bytes."""
     drain_s: float = 10.0
-    """After SIGTERM, how long answers under way may take."""
+    """After SIGTERM, how long answers under way may take; past it they are dropped."""
     record: str | None = None
     """Write observations and answers into this directory (docs/recording.md)."""
     record_gb: float = 10.0
@@ -118,7 +123,14 @@ class Serve:
         record = None if self.record is None else self._recorder
         service = Service(load, self._sessions(), record=record)
         server = PolicyServer(service, options, on_ready=_say_ready)
-        asyncio.run(_until_signalled(server))
+        try:
+            asyncio.run(_until_signalled(server))
+        except RuntimeError:
+            if server.drained:
+                raise
+            log.exception("the server has ended")
+        if not server.drained:
+            _end_process(1)
         return 0
 
     def replica(self) -> ReplicaOptions:
@@ -180,11 +192,20 @@ async def _until_signalled(server: PolicyServer) -> None:
     def stop() -> None:
         for number in numbers:  # a second signal ends the process at once
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)  # SIGINT too, which would raise and then wait for the drain
         server.stop()
 
     for number in numbers:
         loop.add_signal_handler(number, stop)
     await server.run()
+
+
+def _end_process(status: int) -> NoReturn:
+    """Exit around a thread that is still computing: it would abort the process while the interpreter is taken down."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _metadata(path: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -28,11 +29,16 @@ class Responder:
         policy: loaded and warm.
         metrics: told of every answer.
         recorder: given every chunk that was computed, where there is one.
+
+    Attributes:
+        no_rtc: why no chunk can continue another with this policy; None where they can.
     """
 
     def __init__(self, policy: Pi0Policy, metrics: Metrics, recorder: Recorder | None = None) -> None:
         self.policy, self._metrics, self._recorder = policy, metrics, recorder
         self._robot = policy.transform.robot
+        self._closing = threading.Lock()
+        self.no_rtc = _why_no_rtc(policy)
 
     def answer(self, job: Job) -> bytes:
         """The reply's bytes.
@@ -102,9 +108,10 @@ class Responder:
         return packb(reply)
 
     def close(self) -> None:
-        """Write what the recorder still holds."""
+        """Write what the recorder still holds; returns when that is done, whichever thread began. Answers go on."""
         if self._recorder is not None:
-            self._recorder.close()
+            with self._closing:
+                self._recorder.close()
 
     def _record(self, job: Job, reply: dict[str, Any], **record: Any) -> None:
         if self._recorder is not None:
@@ -126,11 +133,8 @@ class Responder:
         asked, session, chunks = job.request.continues, job.session, job.episode.chunks
         if asked is None:
             return None, None
-        if self.policy.rtc.mode == "guided":
-            try:  # with the first message, not when a chunk is in execution
-                check_guidable(self.policy.engine.engine_config.solver)
-            except ValueError as error:
-                raise Refusal("bad_request", str(error)) from error
+        if self.no_rtc is not None:  # with the first message, not when a chunk is in execution
+            raise Refusal("bad_request", self.no_rtc)
         sequence = asked.sequence if asked.sequence is not None else next(reversed(chunks), None)
         chunk = None if sequence is None else chunks.get(sequence)
         if chunk is None:
@@ -158,3 +162,12 @@ class Responder:
         if session.delay is not None:
             session.delay.add(1e-3 * total_ms)
         self._metrics.answered(total_s=1e-3 * total_ms, infer_s=1e-3 * infer_ms, queue_s=1e-3 * queue_ms)
+
+
+def _why_no_rtc(policy: Pi0Policy) -> str | None:
+    if policy.rtc.mode == "guided":
+        try:
+            check_guidable(policy.engine.engine_config.solver)
+        except ValueError as error:
+            return str(error)
+    return None

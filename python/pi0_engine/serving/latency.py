@@ -9,9 +9,10 @@ server can beat: the same bytes there and back by the same library, with nothing
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -86,37 +87,30 @@ def measure_shells(
         if camera.key not in _ALOHA_CAMERAS[:views]:
             del observation[camera.key]
     message = packb(observation)
+    shells = _inner_shells(policy, observation, seed)
+    times: dict[str, list[float]] = {shell: [] for shell in SHELLS}
+    beyond, echoes = [], []
     ours, theirs = multiprocessing.Pipe()
-    spawn = multiprocessing.get_context("spawn")
-    echo_server = spawn.Process(target=_echo, args=(theirs,))
-    echo_server.start()
-    with BackgroundServer(Service(lambda: policy), ServerOptions(port=0)) as server:
-        client = spawn.Process(target=_client, args=(server.port, ours.recv(), message, theirs))
-        client.start()
+    with (
+        _process(_echo, theirs),
+        BackgroundServer(Service(lambda: policy), ServerOptions(port=0)) as server,
+        _process(_client, server.port, ours.recv(), message, theirs),
+    ):
         theirs.close()
-        shells = _inner_shells(policy, observation, seed)
-        times: dict[str, list[float]] = {shell: [] for shell in SHELLS}
-        beyond, echoes = [], []
-        try:
-            for number in tqdm(range(-5, runs), "shells", disable=not progress, leave=False):
-                # Client and echo have both been asleep for as long as an inference takes, as on a robot.
-                ours.send("echo")
-                echo, _ = ours.recv()
-                round_times = {shell: _timed(call) for shell, call in shells.items()}
-                ours.send("observation")
-                round_times[SHELLS[-1]], timing = ours.recv()
-                shells[SHELLS[0]]()
-                if number < 0:
-                    continue
-                for shell, milliseconds in round_times.items():
-                    times[shell].append(milliseconds)
-                echoes.append(echo)
-                beyond.append(round_times[SHELLS[-1]] - _engine_ms(timing))
-        finally:
-            ours.close()
-            client.join()
-            echo_server.kill()
-            echo_server.join()
+        for number in tqdm(range(-5, runs), "shells", disable=not progress, leave=False):
+            # Client and echo have both been asleep for as long as an inference takes, as on a robot.
+            ours.send("echo")
+            echo, _ = ours.recv()
+            round_times = {shell: _timed(call) for shell, call in shells.items()}
+            ours.send("observation")
+            round_times[SHELLS[-1]], timing = ours.recv()
+            shells[SHELLS[0]]()
+            if number < 0:
+                continue
+            for shell, milliseconds in round_times.items():
+                times[shell].append(milliseconds)
+            echoes.append(echo)
+            beyond.append(round_times[SHELLS[-1]] - _engine_ms(timing))
     return {
         "shells": {shell: _percentiles(values) for shell, values in times.items()},
         "beyond_engine": _percentiles(beyond),
@@ -127,6 +121,18 @@ def measure_shells(
         "dtype": str(policy.engine.dtype).removeprefix("torch."),
         "runs": runs,
     }
+
+
+@contextlib.contextmanager
+def _process(target: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """A process of its own, however it is left: one that goes on would keep the interpreter from ending."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
 
 
 def _inner_shells(policy: Pi0Policy, observation: dict[str, Any], seed: int) -> dict[str, Callable[[], Any]]:
@@ -196,6 +202,7 @@ def _echo(control: Connection) -> None:
     async def listen() -> None:
         async with serve(answer, "127.0.0.1", 0, compression=None, max_size=None) as server:
             control.send(server.sockets[0].getsockname()[1])
+            control.close()  # the client's end of it alone tells whether there is a client
             await asyncio.get_running_loop().create_future()
 
     asyncio.run(listen())

@@ -71,17 +71,20 @@ class JobQueue:
             Refusal: ``queue_full``, or ``shutting_down`` after :meth:`close`.
         """
         with self._changed:
-            if self._closed:
-                raise Refusal("shutting_down", "the server is being stopped", job.request.name)
+            self.check_room(job.session, job.request.name)
             older = self._waiting.get(job.session)
-            if older is None and len(self._waiting) >= self._capacity:
-                raise Refusal(
-                    "queue_full", f"{len(self._waiting)} sessions are waiting already; try again", job.request.name
-                )
             self._waiting[job.session] = job
             self._changed.notify()
         if older is not None:
             older.refuse("superseded", "a newer observation of this session took its place")
+
+    def check_room(self, session: Session, name: int | str | None) -> None:
+        """Raise what :meth:`put` would raise now for a request of this session and name."""
+        with self._changed:
+            if self._closed:
+                raise Refusal("shutting_down", "the server is being stopped", name)
+            if session not in self._waiting and len(self._waiting) >= self._capacity:
+                raise Refusal("queue_full", f"{len(self._waiting)} sessions are waiting already; try again", name)
 
     def take(self) -> Job | None:
         """The next job, when there is one; None when the queue is closed and empty."""

@@ -6,7 +6,9 @@ A websocket stays with one replica for its life, and a session is a connection, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -114,7 +116,8 @@ def app(args: Mapping[str, Any]) -> Any:
         serve run pi0_engine.serving.ray_app:app robot=droid checkpoint=DIR device=cuda api_key_file=KEYS
 
     Args:
-        args: ``max_sessions: 8`` for ``--max-sessions 8``, ``true`` for a flag, a list for several values.
+        args: ``max_sessions: 8`` for ``--max-sessions 8``, ``true`` for a flag, a list for several values; ``false``
+            and None as if the option were not there.
 
     Raises:
         ValueError: options that make no server, options that are Ray's to decide, or neither keys nor
@@ -129,16 +132,23 @@ def app(args: Mapping[str, Any]) -> Any:
             raise ValueError(f"{name} is given: Ray decides it (http_options, docs/fleet.md)")
     words = [word for name, value in args.items() for word in _words(name, value)]
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command = tyro.cli(Serve, args=words, prog="ray_app:app", config=config)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+            command = tyro.cli(Serve, args=words, prog="ray_app:app", config=config)
+    except SystemExit as ended:
+        raise ValueError(f"{dict(args)} are no options of a server:\n{told.getvalue()}") from ended
     if not (command.api_key_file or command.allow_unauthenticated):
         raise ValueError("expected api_key_file, or allow_unauthenticated if the network itself is guarded")
     return application(command.replica(), command.fleet)
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """An option as the command line has it."""
+    """An option as the command line has it: none where the value is None or false."""
     option = f"--{name.replace('_', '-')}"
-    if value in (True, "true"):
+    if value is None or value is False or value == "false":
+        return []
+    if value is True or value == "true":
         return [option]
     if isinstance(value, Mapping):
         return [option, json.dumps(value)]

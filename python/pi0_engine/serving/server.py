@@ -85,12 +85,17 @@ class PolicyServer:
         service: not yet started.
         options: see there.
         on_ready: called with the server's address when the policy is warm.
+
+    Attributes:
+        drained: False if ``drain_s`` ran out: the inference thread is still at work and cannot be ended. End the
+            process by ``os._exit``; the interpreter's own end would take the thread's ground away and abort.
     """
 
     def __init__(
         self, service: Service, options: ServerOptions | None = None, *, on_ready: Callable[[str], Any] = log.info
     ) -> None:
         self.service, self.options = service, options or ServerOptions()
+        self.drained = True
         self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._listening: Any = None
@@ -149,7 +154,8 @@ class PolicyServer:
         """No new connections, no new requests, the answers under way, then goodbye."""
         self._listening.close(close_connections=False)
         self.service.stop()
-        if not await asyncio.to_thread(self.service.finish, self.options.drain_s):
+        self.drained = await asyncio.to_thread(self.service.finish, self.options.drain_s)
+        if not self.drained:
             log.warning("answers were still under way after %s s and have been dropped", self.options.drain_s)
         await asyncio.sleep(0.05)  # what was answered last is written to its sockets
         farewells = (c.close(_GOING_AWAY, "the server is being stopped") for c in self._listening.connections)

@@ -126,7 +126,7 @@ class Service:
                 **describe(robot, policy.config.model_type, policy.config.action_horizon),
                 "control_hz": robot.control_hz,
                 "guards": None if robot.guards is None else robot.guards.to_dict(),
-                "rtc": asdict(policy.rtc),
+                "rtc": asdict(policy.rtc) if self.ready.result().no_rtc is None else None,
                 "session": session.name,
                 "epoch": session.episode.epoch,
                 **self.options.metadata,
@@ -141,6 +141,9 @@ class Service:
         """
         received = time.perf_counter()
         request = read_request(data, self._policy.transform.robot)
+        if request.observation is not None:
+            # Before anything is changed: a request that is refused resets nothing. Nobody else puts, so room remains.
+            self._queue.check_room(session, request.name)
         if request.reset:
             session.reset(request.seed)
             self._queue.drop(session, "the session was reset")
@@ -158,13 +161,16 @@ class Service:
         self._queue.close()
 
     def finish(self, timeout_s: float) -> bool:
-        """After :meth:`stop`: wait for the answers. Blocks; what is left after the time is refused.
+        """After :meth:`stop`: wait for the answers, and close the recorder. Blocks.
 
-        Returns whether all was answered in time.
+        Returns whether all was answered in time. If not, what waits is refused, what is being computed is neither
+        recorded nor to be waited for, and its thread is still at work: see :attr:`PolicyServer.drained`.
         """
         if self._worker.join(timeout_s):
             return True
         self._queue.abandon()
+        if self.ready.done() and self.ready.exception() is None:
+            self.ready.result().close()
         return False
 
     @property
