@@ -17,7 +17,7 @@ from pi0_engine.demo.tokens import load_demo_tokenizer
 
 
 class Batches:
-    """Draws observations: every task as often as any other.
+    """Draws observations: every task as often as its share says.
 
     Args:
         folder: what ``pi0_engine.demo.collect`` wrote.
@@ -51,7 +51,8 @@ class Batches:
         parts = self._parts["clean"] if clean else self._parts["clean"] + self._parts["noisy"]
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         frames, states, chunks, valid, tokens = [], [], [], [], []
-        for number in rng.integers(len(parts), size=size):
+        shares = np.array([TASKS[task].share for task, _ in parts], dtype=np.float64)
+        for number in rng.choice(len(parts), size=size, p=shares / shares.sum()):
             task, part = parts[number]
             index = rng.integers(len(part), size=1)
             chunk, there = part.chunks(index, self._config.action_horizon)

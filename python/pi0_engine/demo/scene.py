@@ -32,8 +32,8 @@ CAMERAS = {
     "observation/top": ((0.0, 0.70, 0.10), 1.15, 90.0, -89.0),
     "observation/side": ((0.0, 0.70, 0.12), 1.05, 150.0, -30.0),
 }
-#: Of the ball to be reached, in metres; Meta-World's 2 cm are one pixel.
-_BALL_RADIUS = 0.035
+#: The ball to be reached: Meta-World's, red as the arm and of 2 cm, is one pixel. So large, the hand has to be in it.
+_BALL_RADIUS, _BALL_COLOUR = 0.05, (0.0, 0.8, 0.0, 1.0)
 #: The pillar of the tasks with an obstacle: its centre and half its sides, in metres.
 PILLAR_CENTRE, PILLAR_HALF = (0.0, 0.72, 0.15), (0.04, 0.015, 0.15)
 
@@ -163,7 +163,7 @@ class Scene:
         model.site_rgba[:, 3] = 0.0
         if self.task.shows_goal:
             goal = model.site("goal").id
-            model.site_rgba[goal], model.site_size[goal] = (1.0, 0.0, 0.0, 1.0), _BALL_RADIUS
+            model.site_rgba[goal], model.site_size[goal] = _BALL_COLOUR, _BALL_RADIUS
         if self.task.obstacle:
             pillar = model.body("wall").id
             model.body_pos[pillar] = PILLAR_CENTRE

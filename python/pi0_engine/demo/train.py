@@ -41,8 +41,8 @@ class Recipe:
         seed: of everything that is drawn.
     """
 
-    steps: int = 5000
-    post_steps: int = 1500
+    steps: int = 5500
+    post_steps: int = 2000
     batch: int = 64
     draws: int = 4
     rate: float = 1e-3
