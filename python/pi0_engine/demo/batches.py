@@ -13,7 +13,7 @@ from pi0_engine.demo.dataset import Demonstrations
 from pi0_engine.demo.model import normalizer
 from pi0_engine.demo.objective import Batch
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.demo.tokens import load_demo_tokenizer
+from pi0_engine.tokenizer import load_tokenizer
 
 
 class Batches:
@@ -22,6 +22,7 @@ class Batches:
     Args:
         folder: what ``pi0_engine.demo.collect`` wrote.
         config: the model.
+        tokenizer: the sentencepiece model that the checkpoint will have.
 
     Attributes:
         state, actions: statistics over all demonstrations, as ``norm_stats.json`` has them.
@@ -30,7 +31,7 @@ class Batches:
         ValueError: no demonstrations there, or none of one of the two styles.
     """
 
-    def __init__(self, folder: Path, config: Pi0Config) -> None:
+    def __init__(self, folder: Path, config: Pi0Config, tokenizer: Path) -> None:
         self._config = config
         self._parts: dict[str, list[tuple[str, Demonstrations]]] = {"clean": [], "noisy": []}
         for path in sorted(folder.glob("*.safetensors")):
@@ -44,7 +45,7 @@ class Batches:
         self.state = _statistics(np.concatenate([part.states for part in every]))
         self.actions = _statistics(np.concatenate([part.actions for part in every]))
         self._state, self._actions = normalizer(self.state), normalizer(self.actions)
-        self._tokenizer = load_demo_tokenizer(config)
+        self._tokenizer = load_tokenizer(tokenizer, config)
 
     def draw(self, size: int, generator: torch.Generator, *, clean: bool, device: str = "cpu") -> Batch:
         """``size`` observations, of the clean demonstrations alone or of all."""

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from pi0_engine.demo.batches import Batches
+from pi0_engine.demo.make_tokenizer import make_tokenizer
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.training_state import TrainingState
@@ -26,6 +27,8 @@ from pi0_engine.reference import sample_training_time
 
 #: Steps between two lines of the log.
 _LOG_EVERY = 20
+#: What a run goes on from.
+_STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,18 +84,19 @@ def train(
 
     Args:
         demonstrations: what ``pi0_engine.demo.collect`` wrote.
-        output: ``checkpoint/`` in openpi's PyTorch layout, ``state.safetensors`` to resume from, ``loss.jsonl`` and
-            ``loss.png``.
+        output: ``checkpoint/`` in openpi's PyTorch layout, ``state.safetensors`` and ``tokenizer.model`` to
+            resume from, ``loss.jsonl`` and ``loss.png``.
         compiled: run through ``torch.compile``, which needs a C++ compiler and a minute.
         save_every_s: seconds between two savings.
 
     Raises:
-        ValueError: no demonstrations, or a saved run with another recipe.
+        ValueError: no demonstrations, or a saved run with another recipe or without its tokenizer.
     """
     output.mkdir(parents=True, exist_ok=True)
-    batches = Batches(demonstrations, CONFIG)
+    tokenizer = _tokenizer(output)
+    batches = Batches(demonstrations, CONFIG, tokenizer)
     model = initialized(CONFIG, recipe.seed).to(device)
-    state = TrainingState.resume(output / "state.safetensors", model, recipe)
+    state = TrainingState.resume(output / _STATE, model, recipe)
     log = _open_log(output / "loss.jsonl", state.step)
     step_loss = torch.compile(_loss) if compiled else _loss
     saved = time.monotonic()
@@ -116,10 +120,21 @@ def train(
                 print(json.dumps({"step": state.step, "loss": value, "clean": clean}), file=log, flush=True)
             if time.monotonic() - saved > save_every_s or state.step == recipe.total:
                 state.save()
-                save_checkpoint(output / "checkpoint", state.averaged(), batches.state, batches.actions)
+                averaged = state.averaged()
+                save_checkpoint(output / "checkpoint", averaged, batches.state, batches.actions, tokenizer.read_bytes())
                 saved = time.monotonic()
     log.close()
     plot_loss(output / "loss.jsonl", output / "loss.png")
+
+
+def _tokenizer(run: Path) -> Path:
+    """The run's own: made from the instructions where it begins, and kept, whatever becomes of the instructions."""
+    file = run / "tokenizer.model"
+    if not (run / _STATE).is_file():
+        file.write_bytes(make_tokenizer())
+    elif not file.is_file():
+        raise ValueError(f"{run} has a {_STATE} and no {file.name}, expected the one that the run began with beside it")
+    return file
 
 
 def _open_log(path: Path, step: int) -> TextIO:
