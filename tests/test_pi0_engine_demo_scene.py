@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,13 @@ except ValueError as error:
     assert out.strip() == "the simulator needs metaworld and mujoco: pip install 'pi0-engine[sim]'"
 
 
+def run_program(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a new process, which knows nothing of this one's renderer."""
+    names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "PI0_ENGINE_RENDERED", "DISPLAY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run([sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True)
+
+
 def loaded(before: str = "", **environment: str) -> str:
     """What a new process says of the simulator: the backend that renders, or why none does."""
     program = f"""
@@ -136,18 +144,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    ours = (
-        "MUJOCO_GL",
-        "MUJOCO_EGL_DEVICE_ID",
-        "PYOPENGL_PLATFORM",
-        "PI0_ENGINE_RENDERED",
-        "DISPLAY",
-        "WAYLAND_DISPLAY",
-    )
-    clean = {name: value for name, value in os.environ.items() if name not in ours}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True, check=True
-    )
+    done = run_program(program, **environment)
     assert before or done.stderr == "", "the reason is all that is said"
     return done.stdout.strip()
 
@@ -174,3 +171,19 @@ def test_osmesa_is_tried_where_egl_was_and_failed() -> None:
 def test_a_process_that_has_no_renderer_any_more_is_told_so() -> None:
     said = loaded(before="import mujoco")
     assert "does not render in this process, expected mujoco not to be imported before" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the extra sim")
+def test_where_the_simulator_is_required_its_tests_fail_and_are_not_skipped() -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from simulator import needs_simulator
+print(needs_simulator)
+"""
+    given = {"MUJOCO_GL": "foo", "PI0_REQUIRE_SIMULATOR": ""}
+    skipping = run_program(program, **given)
+    assert skipping.returncode == 0 and "args=(True,)" in skipping.stdout and "MUJOCO_GL=foo" in skipping.stdout
+    failing = run_program(program, **{**given, "PI0_REQUIRE_SIMULATOR": "1"})
+    assert failing.returncode != 0
+    assert "PI0_REQUIRE_SIMULATOR is 1, and there is no simulator: mujoco cannot render here" in failing.stderr
