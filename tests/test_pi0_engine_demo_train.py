@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from safetensors import SafetensorError
 
 from pi0_engine.cases import sample_reference
 from pi0_engine.checkpoint import open_checkpoint
@@ -23,7 +25,7 @@ from pi0_engine.demo import train as training
 from pi0_engine.demo.batches import Batches
 from pi0_engine.demo.dataset import Demonstrations
 from pi0_engine.demo.make_tokenizer import VOCABULARY, make_tokenizer
-from pi0_engine.demo.model import CONFIG, initialized
+from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.tasks import TASKS
 from pi0_engine.demo.train import Recipe, main, train
@@ -167,6 +169,32 @@ def test_a_finished_run_stays_and_has_its_picture(trained: Path, demonstrations:
     assert (trained / "loss.png").stat().st_size > 1000
     for line in (trained / "loss.jsonl").read_text().splitlines():
         assert json.loads(line)["loss"] > 0
+
+
+def test_a_run_that_was_stopped_before_its_last_checkpoint_gets_it(
+    trained: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    save_checkpoint(run / "checkpoint", initialized(CONFIG, seed=1), {}, {}, b"an older one")
+    train(demonstrations, run, RECIPE, progress=False)
+    for path in (trained / "checkpoint").rglob("*"):
+        if path.is_file():
+            assert (run / path.relative_to(trained)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_weights_are_written_whole_or_not_at_all(trained: Path, tmp_path: Path) -> None:
+    """Writing stops after one of 4.7 MB."""
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    before, limits = weights.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(SafetensorError, match="File too large"):
+            save_checkpoint(tmp_path / "checkpoint", initialized(CONFIG, seed=1), {}, {}, b"")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert weights.read_bytes() == before
 
 
 def test_the_checkpoint_has_the_tokenizer_that_it_was_trained_with(

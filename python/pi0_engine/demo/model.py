@@ -49,6 +49,8 @@ def save_checkpoint(
 ) -> None:
     """Write an openpi checkpoint in the PyTorch layout, with weights in bfloat16 and the tokenizer beside them.
 
+    The file of weights is written whole or not at all.
+
     Args:
         state, actions: ``mean``, ``std``, ``q01`` and ``q99`` of each dimension.
         tokenizer: the sentencepiece model that the weights were trained with.
@@ -57,7 +59,9 @@ def save_checkpoint(
     tensors = {
         openpi_name(name): tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.named_parameters()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    partial = folder / "model.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     stats = folder / "assets" / ASSET / "norm_stats.json"
     stats.parent.mkdir(parents=True, exist_ok=True)

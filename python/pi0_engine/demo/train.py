@@ -99,6 +99,12 @@ def train(
     state = TrainingState.resume(output / _STATE, model, recipe)
     log = _open_log(output / "loss.jsonl", state.step)
     step_loss = torch.compile(_loss) if compiled else _loss
+
+    def save() -> None:
+        state.save()
+        averaged = state.averaged()
+        save_checkpoint(output / "checkpoint", averaged, batches.state, batches.actions, tokenizer.read_bytes())
+
     saved = time.monotonic()
     with tqdm(total=recipe.total, initial=state.step, unit="step", disable=not progress) as bar:
         while state.step < recipe.total:
@@ -118,11 +124,10 @@ def train(
                 value = loss.item()
                 bar.set_postfix(loss=f"{value:.3f}", stage="post" if clean else "pre", refresh=False)
                 print(json.dumps({"step": state.step, "loss": value, "clean": clean}), file=log, flush=True)
-            if time.monotonic() - saved > save_every_s or state.step == recipe.total:
-                state.save()
-                averaged = state.averaged()
-                save_checkpoint(output / "checkpoint", averaged, batches.state, batches.actions, tokenizer.read_bytes())
+            if time.monotonic() - saved > save_every_s:
+                save()
                 saved = time.monotonic()
+    save()  # of a run that was stopped between its last state and its checkpoint, too
     log.close()
     plot_loss(output / "loss.jsonl", output / "loss.png")
 
