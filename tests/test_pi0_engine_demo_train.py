@@ -118,16 +118,21 @@ def test_missing_demonstrations_are_named(demonstrations: Path, tokenizer: Path,
         Batches(tmp_path, CONFIG, tokenizer)
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_a_resumed_run_is_the_same_run(device: str, tmp_path: Path) -> None:
     def steps(state: TrainingState, numbers: range) -> None:
         for number in numbers:
             torch.manual_seed(number)
-            velocity = state.model.action_out_proj(torch.randn(5, 128)) + state.model.state_proj.weight.sum()
+            hidden = torch.randn(5, 128).to(device)
+            velocity = state.model.action_out_proj(hidden) + state.model.state_proj.weight.sum()
             velocity.square().mean().backward()
             state.update(RECIPE.rate_at(number), RECIPE.average)
 
     def fresh(path: Path) -> TrainingState:
-        return TrainingState.resume(path, initialized(CONFIG, seed=0), RECIPE)
+        return TrainingState.resume(path, initialized(CONFIG, seed=0).to(device), RECIPE)
 
     whole = fresh(tmp_path / "whole.safetensors")
     steps(whole, range(4))
