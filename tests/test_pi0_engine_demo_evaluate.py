@@ -105,6 +105,7 @@ def test_another_seed_is_other_scenes(untrained: Path) -> None:
         ({"processes": 0}, "processes 0"),
         ({"tasks": []}, "at least one task"),
         ({"tasks": ["juggle"]}, "'juggle' is none of"),
+        ({"tasks": ["reach", "drawer-open", "reach"]}, "'reach' is given 2 times"),
         ({"checkpoint": "nowhere/at/all"}, "nowhere/at/all"),
     ],
 )

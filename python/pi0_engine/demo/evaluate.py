@@ -100,6 +100,8 @@ def evaluate(
         raise ValueError("there is nothing to evaluate, expected at least one task and one setting")
     for task in tasks:
         get_task(task)
+        if list(tasks).count(task) > 1:
+            raise ValueError(f"task {task!r} is given {list(tasks).count(task)} times, expected each task once")
     for setting in settings.values():  # here it is one error; processes of a pool would die of it again and again
         setting.execution.check(setting.policy(checkpoint).config.action_horizon)
     first = FIRST_UNSEEN_SEED + seed * episodes
