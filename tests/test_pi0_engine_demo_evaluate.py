@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,19 @@ def test_another_seed_is_other_scenes(untrained: Path) -> None:
 def test_what_cannot_be_evaluated(given: dict[str, Any], message: str, untrained: Path) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate({"": Setting()}, **{"checkpoint": untrained, "progress": False, **given})
+
+
+@pytest.mark.parametrize(
+    "arguments", [["pi0_engine.cli", "eval", "--tasks", "reach", "--episodes", "1"], ["pi0_engine.demo.collect", "out"]]
+)
+def test_without_the_simulator_there_is_one_error(arguments: list[str], tmp_path: Path) -> None:
+    program = [sys.executable, "-m", *arguments]
+    environment = {**os.environ, "MUJOCO_GL": "foo"}
+    done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    said = done.stderr.splitlines()
+    assert len(said) == 1, said
+    assert "error: mujoco cannot render here (MUJOCO_GL=foo" in said[0] or "the simulator needs" in said[0]
 
 
 def test_the_solver_is_the_settings(untrained: Path) -> None:

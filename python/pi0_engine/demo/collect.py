@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pi0_engine.demo.dataset import Demonstrations
-from pi0_engine.demo.scene import CAMERAS, Scene
+from pi0_engine.demo.scene import CAMERAS, Scene, load_simulator
 from pi0_engine.demo.tasks import TASKS, get_task
 
 Style = Literal["noisy", "clean"]
@@ -108,7 +108,7 @@ def collect(
         processes: None takes as many as there are processors.
 
     Raises:
-        ValueError: a task or number that there is not, or a task whose expert hardly ever succeeds.
+        ValueError: a task or number that there is not, or a task whose expert hardly ever succeeds; no simulator.
     """
     wanted = {task: episodes * get_task(task).share for task in tasks}
     if episodes < 1 or max(wanted.values()) > _MOST_EPISODES or not 0 <= seed < 100:
@@ -116,6 +116,7 @@ def collect(
             f"episodes is {episodes}, seed {seed}: expected at least 1, at most {_MOST_EPISODES} of any task with its "
             "share, and a seed of 0 to 99"
         )
+    load_simulator()  # here it is one error where it fails
     output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with (

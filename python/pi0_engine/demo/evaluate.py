@@ -18,7 +18,7 @@ from pi0_engine.config import DtypeName, EngineConfig, SolverName
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.policies import load_policy, load_reference
 from pi0_engine.demo.rollout import ChunkPolicy, Episode, Execution, run_episode
-from pi0_engine.demo.scene import Scene
+from pi0_engine.demo.scene import Scene, load_simulator
 from pi0_engine.demo.tasks import TASKS, get_task
 from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.engine.guidance import check_guidable
@@ -102,8 +102,10 @@ def evaluate(
         get_task(task)
         if list(tasks).count(task) > 1:
             raise ValueError(f"task {task!r} is given {list(tasks).count(task)} times, expected each task once")
-    for setting in settings.values():  # here it is one error; processes of a pool would die of it again and again
+    # Here what fails is one error; processes of a pool would die of it again and again.
+    for setting in settings.values():
         setting.execution.check(setting.policy(checkpoint).config.action_horizon)
+    load_simulator()
     first = FIRST_UNSEEN_SEED + seed * episodes
     jobs = [
         (name, task, number)
