@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pi0_engine.cli import main
 from pi0_engine.demo import report
-from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.collect import FIRST_UNSEEN_SEED, unseen_seeds
 from pi0_engine.demo.evaluate import Setting, evaluate, summarize, wilson_interval
 from pi0_engine.demo.language import PAIR, handle_degrees, swap_instructions
 from pi0_engine.demo.policies import load_policy, load_reference
@@ -97,15 +97,22 @@ def test_another_seed_is_other_scenes(untrained: Path) -> None:
             {"": setting}, tasks=["reach"], episodes=2, seed=seed, checkpoint=untrained, processes=1, progress=False
         )
         seeds += [episode.seed for episode in outcomes[""]["reach"]]
-    assert seeds == [FIRST_UNSEEN_SEED + number for number in range(4)]
+    assert seeds == [*unseen_seeds(2, 0), *unseen_seeds(2, 1)] and len(set(seeds)) == 4
+
+
+def test_seeds_share_no_scene_whatever_the_number_of_episodes() -> None:
+    assert list(unseen_seeds(3, 0)) == [FIRST_UNSEEN_SEED + number for number in range(3)]
+    scenes = [set(unseen_seeds(episodes, seed)) for episodes, seed in ((10_000, 0), (20, 1), (50, 2), (10_000, 3))]
+    assert sum(map(len, scenes)) == len(set.union(*scenes))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"episodes": 0}, "episodes is 0"),
+        ({"episodes": 10_001}, "episodes is 10001"),
         ({"seed": -1}, "seed -1"),
-        ({"processes": 0}, "processes 0"),
+        ({"processes": 0}, "processes is 0"),
         ({"tasks": []}, "at least one task"),
         ({"tasks": ["juggle"]}, "'juggle' is none of"),
         ({"tasks": ["reach", "drawer-open", "reach"]}, "'reach' is given 2 times"),

@@ -35,6 +35,8 @@ _SEEDS_EACH = FIRST_UNSEEN_SEED // 100
 _MOST_EPISODES = 2000
 #: An observation is recorded at every second action: neighbours are nearly equal, and rendering is what takes time.
 STRIDE = 2
+#: Of these, each seed of an evaluation has so many.
+_UNSEEN_EACH = 10_000
 #: An episode that has not succeeded by then is dropped. The experts need 30 to 130 actions.
 _MOST_STEPS = 250
 #: Goes on after success, so that chunks that begin before it are complete.
@@ -136,6 +138,18 @@ def collect(
                 if len(kept) < count:
                     raise ValueError(f"the expert of {task!r} succeeded {len(kept)} times, expected {count}")
                 Demonstrations.join(kept).save(output / f"{task}-{style}.safetensors")
+
+
+def unseen_seeds(episodes: int, seed: int) -> range:
+    """The scenes of an evaluation: with another ``seed`` none of them, however many ``episodes`` either has.
+
+    Raises:
+        ValueError: less than one episode or more than 10,000, or a negative seed.
+    """
+    if not 1 <= episodes <= _UNSEEN_EACH or seed < 0:
+        raise ValueError(f"episodes is {episodes} and seed {seed}, expected 1 to {_UNSEEN_EACH} and at least 0")
+    first = FIRST_UNSEEN_SEED + seed * _UNSEEN_EACH
+    return range(first, first + episodes)
 
 
 def _jobs(task: str, style: Style, seed: int, most: int) -> Iterator[_Job]:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from pi0_engine.config import DtypeName, EngineConfig, SolverName
-from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.collect import unseen_seeds
 from pi0_engine.demo.policies import load_policy, load_reference
 from pi0_engine.demo.rollout import ChunkPolicy, Episode, Execution, run_episode
 from pi0_engine.demo.scene import Scene, load_simulator
@@ -82,7 +82,7 @@ def evaluate(
     Args:
         settings: by name.
         tasks: names in :data:`TASKS`.
-        episodes: of each task.
+        episodes: of each task, at most 10,000.
         seed: 0, 1, ...: other scenes each.
         checkpoint: what to run.
         processes: None takes as many as there are processors; each runs on one.
@@ -94,8 +94,9 @@ def evaluate(
     Raises:
         ValueError: a task, a checkpoint or a number that cannot be used; no simulator.
     """
-    if episodes < 1 or seed < 0 or (processes is not None and processes < 1):
-        raise ValueError(f"episodes is {episodes}, seed {seed}, processes {processes}: expected at least 1, 0 and 1")
+    seeds = unseen_seeds(episodes, seed)
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes is {processes}, expected at least 1")
     if not tasks or not settings:
         raise ValueError("there is nothing to evaluate, expected at least one task and one setting")
     for task in tasks:
@@ -106,11 +107,7 @@ def evaluate(
     for setting in settings.values():
         setting.execution.check(setting.policy(checkpoint).config.action_horizon)
     load_simulator()
-    first = FIRST_UNSEEN_SEED + seed * episodes
-    jobs = [
-        (name, task, number)
-        for task, name, number in itertools.product(tasks, settings, range(first, first + episodes))
-    ]
+    jobs = [(name, task, number) for task, name, number in itertools.product(tasks, settings, seeds)]
     outcomes: dict[str, Outcomes] = {name: {task: [] for task in tasks} for name in settings}
     context = multiprocessing.get_context("spawn")
     with (
