@@ -78,6 +78,7 @@ def test_without_the_simulator_a_recorded_observation_is_answered(
         (["--prompt", "make tea"], "not trained to 'make tea', expected one of\n  reach the ball; "),
         (["--output", "demo.avi"], "'demo.avi', expected a .gif or .mp4"),
         (["--execute", "0"], "execute is 0"),
+        (["--seed", "-1"], "seed is -1, expected at least 0"),
         (["--execute", "17"], "16 actions of a chunk"),
         (["--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
     ],

@@ -53,6 +53,8 @@ class Demo:
     """Where the film goes (.gif or .mp4); the plot of the first chunk goes beside it, as .png."""
 
     def run(self) -> int:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
         task, prompt = find_instruction(self.prompt)
         execution = Execution(execute=self.execute)
         film, plot = Film(self.output), Path(self.output).with_suffix(".png")
