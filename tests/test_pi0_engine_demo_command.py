@@ -78,6 +78,7 @@ def test_without_the_simulator_a_recorded_observation_is_answered(
         (["--prompt", "make tea"], "not trained to 'make tea', expected one of\n  reach the ball; "),
         (["--output", "demo.avi"], "'demo.avi', expected a .gif or .mp4"),
         (["--execute", "0"], "execute is 0"),
+        (["--output", "no/such/folder/demo.gif"], "'no/such/folder/demo.gif' cannot be written (No such file"),
         (["--seed", "-1"], "seed is -1, expected at least 0"),
         (["--execute", "17"], "16 actions of a chunk"),
         (["--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
@@ -110,6 +111,19 @@ def test_an_mp4_shows_every_second_step_and_stays_on_the_last(tmp_path: Path) ->
     frames = iio.imread(film.path)
     assert frames.shape == (2 + 20, 260, 440, 3) and frames.std() > 20
     assert iio.immeta(film.path)["fps"] == 20
+
+
+def test_a_film_or_plot_that_cannot_be_written_is_named_first(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in (".gif", ".png"):
+        folder = tmp_path / kind[1:]
+        (folder / f"demo{kind}").mkdir(parents=True)
+        assert main(["demo", "--checkpoint", untrained, "--output", str(folder / "demo.gif")]) == 2
+        said = capsys.readouterr()
+        assert f"demo{kind}' cannot be written (Is a directory)" in said.err and said.out == ""
+    (tmp_path / "old.gif").write_bytes(b"a film")
+    assert Film(tmp_path / "old.gif").path.read_bytes() == b"a film"
 
 
 def test_an_mp4_names_the_encoder_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from pi0_engine.commands.options import Backend, Dtype, table
 from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.film import Film
+from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.policies import ReferencePolicy, load_policy, load_reference
 from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
@@ -58,6 +59,7 @@ class Demo:
         task, prompt = find_instruction(self.prompt)
         execution = Execution(execute=self.execute)
         film, plot = Film(self.output), Path(self.output).with_suffix(".png")
+        check_writable(plot)
         checkpoint = self.checkpoint or CHECKPOINT
         policy = load_policy(checkpoint, EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend))
         execution.check(policy.config.action_horizon)
