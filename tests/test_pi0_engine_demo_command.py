@@ -13,6 +13,7 @@ from PIL import Image
 
 from pi0_engine.cli import main
 from pi0_engine.commands.demo import find_instruction
+from pi0_engine.demo import futures, report, train
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.film import Film
 from pi0_engine.demo.recorded import recorded_observation
@@ -124,6 +125,23 @@ def test_a_film_or_plot_that_cannot_be_written_is_named_first(
         assert f"demo{kind}' cannot be written (Is a directory)" in said.err and said.out == ""
     (tmp_path / "old.gif").write_bytes(b"a film")
     assert Film(tmp_path / "old.gif").path.read_bytes() == b"a film"
+
+
+def test_without_matplotlib_nothing_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    nowhere = str(tmp_path / "nowhere")
+    for run in (
+        lambda: main(["demo", "--checkpoint", nowhere, "--output", str(tmp_path / "demo.gif")]),
+        lambda: futures.main([str(tmp_path / "futures.png"), "--checkpoint", nowhere]),
+        lambda: train.main([nowhere, str(tmp_path / "run")]),
+        lambda: report.main(["--docs", nowhere]),
+    ):
+        assert run() == 2
+        said = capsys.readouterr()
+        assert "a plot needs matplotlib: pip install 'pi0-engine[plot]'" in said.err and said.out == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_mp4_names_the_encoder_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

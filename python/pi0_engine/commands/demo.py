@@ -23,7 +23,7 @@ from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
 from pi0_engine.demo.scene import CAMERAS, CONTROL_HZ, Scene, load_simulator
 from pi0_engine.demo.tasks import TASKS
 from pi0_engine.demo.tokens import CHECKPOINT
-from pi0_engine.plots import plot_chunk
+from pi0_engine.plots import plot_chunk, require_matplotlib
 from pi0_engine.policy import Pi0Policy
 
 #: Candidate chunks in the plot.
@@ -60,6 +60,7 @@ class Demo:
         execution = Execution(execute=self.execute)
         film, plot = Film(self.output), Path(self.output).with_suffix(".png")
         check_writable(plot)
+        require_matplotlib()
         checkpoint = self.checkpoint or CHECKPOINT
         policy = load_policy(checkpoint, EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend))
         execution.check(policy.config.action_horizon)

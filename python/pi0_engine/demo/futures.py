@@ -23,6 +23,7 @@ from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.scene import PILLAR_CENTRE, PILLAR_HALF, Scene
 from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.plots import require_matplotlib
 from pi0_engine.policy import Pi0Policy
 
 _MOST_STEPS = 160
@@ -119,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.picture.suffix not in _PICTURES:
             raise ValueError(f"the picture is to be {str(given.picture)!r}, expected one of {', '.join(_PICTURES)}")
+        require_matplotlib()
         check_writable(given.picture)
         policy = Pi0Policy.from_checkpoint(given.checkpoint, robot="metaworld", engine=EngineConfig())
         walks: dict[Driver, list[Walk]] = {"sample": [], "mean": []}

@@ -23,6 +23,7 @@ from pi0_engine.demo.make_tokenizer import make_tokenizer
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.training_state import TrainingState
+from pi0_engine.plots import require_matplotlib
 from pi0_engine.reference import sample_training_time
 
 #: Steps between two lines of the log.
@@ -90,8 +91,9 @@ def train(
         save_every_s: seconds between two savings.
 
     Raises:
-        ValueError: no demonstrations, or a saved run with another recipe or without its tokenizer.
+        ValueError: no demonstrations, or a saved run with another recipe or without its tokenizer; no matplotlib.
     """
+    require_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(output)
     batches = Batches(demonstrations, CONFIG, tokenizer)
