@@ -165,11 +165,12 @@ def test_there_is_a_recorded_observation_of_every_task(task: str) -> None:
 
 
 @needs_simulator
-def test_a_recorded_observation_is_what_the_scene_shows() -> None:
+@pytest.mark.parametrize("task", ["faucet-open", "reach"])
+def test_a_recorded_observation_is_what_the_scene_shows(task: str) -> None:
     """To a few grey values: renderers differ."""
-    with Scene("faucet-open") as scene:
+    with Scene(task) as scene:
         seen = scene.reset(FIRST_UNSEEN_SEED)
-    recorded = recorded_observation("faucet-open")
+    recorded = recorded_observation(task)
     np.testing.assert_allclose(recorded["observation/state"], seen["observation/state"], atol=1e-6)
     for camera in CAMERAS:
         assert np.abs(recorded[camera].astype(float) - seen[camera]).mean() < 3
