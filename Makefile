@@ -104,7 +104,7 @@ $(VENV)/.torch: $(VENV)/.python
 	fi
 	@touch $@
 
-$(VENV)/.demo: EXTRAS := plot,sim
+$(VENV)/.demo: EXTRAS := sim
 $(VENV)/.dev: EXTRAS := dev
 
 # The package in editable mode with extras. Done again when the extension changes.

@@ -1,8 +1,9 @@
-"""Skips what needs the simulator where it cannot render."""
+"""Skips what needs the simulator where it cannot render. With ``PI0_REQUIRE_SIMULATOR=1``, as in CI, that fails."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 
@@ -18,4 +19,6 @@ def _why_not() -> str:
     return ""
 
 
+if os.environ.get("PI0_REQUIRE_SIMULATOR") == "1" and _why_not():
+    raise RuntimeError(f"PI0_REQUIRE_SIMULATOR is 1, and there is no simulator: {_why_not()}")
 needs_simulator = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "the simulator works")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0_engine.demo.collect import FIRST_UNSEEN_SEED, STRIDE, _jobs, collect_episode, main
+from pi0_engine.demo.collect import _MOST_EPISODES, FIRST_UNSEEN_SEED, STRIDE, _jobs, collect_episode, main
 from pi0_engine.demo.dataset import Demonstrations
 from pi0_engine.demo.scene import Scene
 from simulator import needs_simulator
@@ -72,7 +72,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_no_two_demonstrations_share_a_scene_and_none_is_evaluated() -> None:
-    most = 2 * 2000 + 10  # of the largest collection
+    most = 2 * _MOST_EPISODES + 10  # of the largest collection
     jobs = [_jobs("reach", style, seed, most) for style in ("noisy", "clean") for seed in (0, 1, 99)]
     seeds = [job.seed for job in itertools.chain.from_iterable(jobs)]
     assert len(set(seeds)) == len(seeds) == 6 * most and max(seeds) < FIRST_UNSEEN_SEED

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pi0_engine.cli import main
 from pi0_engine.commands.demo import find_instruction
+from pi0_engine.demo import futures, report, train
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.film import Film
 from pi0_engine.demo.recorded import recorded_observation
@@ -78,6 +79,8 @@ def test_without_the_simulator_a_recorded_observation_is_answered(
         (["--prompt", "make tea"], "not trained to 'make tea', expected one of\n  reach the ball; "),
         (["--output", "demo.avi"], "'demo.avi', expected a .gif or .mp4"),
         (["--execute", "0"], "execute is 0"),
+        (["--output", "no/such/folder/demo.gif"], "'no/such/folder/demo.gif' cannot be written (No such file"),
+        (["--seed", "-1"], "seed is -1, expected at least 0"),
         (["--execute", "17"], "16 actions of a chunk"),
         (["--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
     ],
@@ -111,6 +114,36 @@ def test_an_mp4_shows_every_second_step_and_stays_on_the_last(tmp_path: Path) ->
     assert iio.immeta(film.path)["fps"] == 20
 
 
+def test_a_film_or_plot_that_cannot_be_written_is_named_first(
+    untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in (".gif", ".png"):
+        folder = tmp_path / kind[1:]
+        (folder / f"demo{kind}").mkdir(parents=True)
+        assert main(["demo", "--checkpoint", untrained, "--output", str(folder / "demo.gif")]) == 2
+        said = capsys.readouterr()
+        assert f"demo{kind}' cannot be written (Is a directory)" in said.err and said.out == ""
+    (tmp_path / "old.gif").write_bytes(b"a film")
+    assert Film(tmp_path / "old.gif").path.read_bytes() == b"a film"
+
+
+def test_without_matplotlib_nothing_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    nowhere = str(tmp_path / "nowhere")
+    for run in (
+        lambda: main(["demo", "--checkpoint", nowhere, "--output", str(tmp_path / "demo.gif")]),
+        lambda: futures.main([str(tmp_path / "futures.png"), "--checkpoint", nowhere]),
+        lambda: train.main([nowhere, str(tmp_path / "run")]),
+        lambda: report.main(["--docs", nowhere]),
+    ):
+        assert run() == 2
+        said = capsys.readouterr()
+        assert "a plot needs matplotlib: pip install 'pi0-engine[plot]'" in said.err and said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_mp4_names_the_encoder_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(ValueError, match=r"imageio_ffmpeg: pip install 'imageio\[ffmpeg\]'"):
@@ -132,11 +165,12 @@ def test_there_is_a_recorded_observation_of_every_task(task: str) -> None:
 
 
 @needs_simulator
-def test_a_recorded_observation_is_what_the_scene_shows() -> None:
+@pytest.mark.parametrize("task", ["faucet-open", "reach"])
+def test_a_recorded_observation_is_what_the_scene_shows(task: str) -> None:
     """To a few grey values: renderers differ."""
-    with Scene("faucet-open") as scene:
+    with Scene(task) as scene:
         seen = scene.reset(FIRST_UNSEEN_SEED)
-    recorded = recorded_observation("faucet-open")
+    recorded = recorded_observation(task)
     np.testing.assert_allclose(recorded["observation/state"], seen["observation/state"], atol=1e-6)
     for camera in CAMERAS:
         assert np.abs(recorded[camera].astype(float) - seen[camera]).mean() < 3

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 from pi0_engine.cli import main
 from pi0_engine.demo import report
-from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.collect import FIRST_UNSEEN_SEED, unseen_seeds
 from pi0_engine.demo.evaluate import Setting, evaluate, summarize, wilson_interval
 from pi0_engine.demo.language import PAIR, handle_degrees, swap_instructions
 from pi0_engine.demo.policies import load_policy, load_reference
@@ -94,23 +97,44 @@ def test_another_seed_is_other_scenes(untrained: Path) -> None:
             {"": setting}, tasks=["reach"], episodes=2, seed=seed, checkpoint=untrained, processes=1, progress=False
         )
         seeds += [episode.seed for episode in outcomes[""]["reach"]]
-    assert seeds == [FIRST_UNSEEN_SEED + number for number in range(4)]
+    assert seeds == [*unseen_seeds(2, 0), *unseen_seeds(2, 1)] and len(set(seeds)) == 4
+
+
+def test_seeds_share_no_scene_whatever_the_number_of_episodes() -> None:
+    assert list(unseen_seeds(3, 0)) == [FIRST_UNSEEN_SEED + number for number in range(3)]
+    scenes = [set(unseen_seeds(episodes, seed)) for episodes, seed in ((10_000, 0), (20, 1), (50, 2), (10_000, 3))]
+    assert sum(map(len, scenes)) == len(set.union(*scenes))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"episodes": 0}, "episodes is 0"),
+        ({"episodes": 10_001}, "episodes is 10001"),
         ({"seed": -1}, "seed -1"),
-        ({"processes": 0}, "processes 0"),
+        ({"processes": 0}, "processes is 0"),
         ({"tasks": []}, "at least one task"),
         ({"tasks": ["juggle"]}, "'juggle' is none of"),
+        ({"tasks": ["reach", "drawer-open", "reach"]}, "'reach' is given 2 times"),
         ({"checkpoint": "nowhere/at/all"}, "nowhere/at/all"),
     ],
 )
 def test_what_cannot_be_evaluated(given: dict[str, Any], message: str, untrained: Path) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate({"": Setting()}, **{"checkpoint": untrained, "progress": False, **given})
+
+
+@pytest.mark.parametrize(
+    "arguments", [["pi0_engine.cli", "eval", "--tasks", "reach", "--episodes", "1"], ["pi0_engine.demo.collect", "out"]]
+)
+def test_without_the_simulator_there_is_one_error(arguments: list[str], tmp_path: Path) -> None:
+    program = [sys.executable, "-m", *arguments]
+    environment = {**os.environ, "MUJOCO_GL": "foo"}
+    done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    said = done.stderr.splitlines()
+    assert len(said) == 1, said
+    assert "error: mujoco cannot render here (MUJOCO_GL=foo" in said[0] or "the simulator needs" in said[0]
 
 
 def test_the_solver_is_the_settings(untrained: Path) -> None:

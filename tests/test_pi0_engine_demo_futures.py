@@ -60,3 +60,12 @@ def test_the_picture(tmp_path: Path) -> None:
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "out.png"), "--checkpoint", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_drawn_is_named_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--checkpoint", str(tmp_path / "none")]
+    assert main([str(tmp_path / "no" / "out.png"), *nowhere]) == 2
+    assert "out.png' cannot be written (No such file" in capsys.readouterr().err
+    assert main([str(tmp_path / "out.gif"), *nowhere]) == 2
+    assert "out.gif', expected one of .png, .svg, .pdf" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,3 +123,67 @@ except ValueError as error:
 """
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "the simulator needs metaworld and mujoco: pip install 'pi0-engine[sim]'"
+
+
+def run_program(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a new process, which knows nothing of this one's renderer."""
+    names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "PI0_ENGINE_RENDERED", "DISPLAY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run([sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True)
+
+
+def loaded(before: str = "", **environment: str) -> str:
+    """What a new process says of the simulator: the backend that renders, or why none does."""
+    program = f"""
+{before}
+import os
+from pi0_engine.demo.scene import load_simulator
+try:
+    load_simulator()
+    print("renders with", os.environ["MUJOCO_GL"])
+except ValueError as error:
+    print(error)
+"""
+    done = run_program(program, **environment)
+    assert before or done.stderr == "", "the reason is all that is said"
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the extra sim")
+@pytest.mark.parametrize("backend", ["foo", "glfw", "off"])
+def test_a_backend_that_cannot_render_is_named(backend: str) -> None:
+    said = loaded(MUJOCO_GL=backend)
+    assert said.startswith(f"mujoco cannot render here (MUJOCO_GL={backend}: ") and "libegl1" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the extra sim")
+def test_osmesa_is_tried_where_egl_was_and_failed() -> None:
+    """What comes of it is what comes of OSMesa alone."""
+    alone, after_egl = loaded(MUJOCO_GL="osmesa"), loaded(MUJOCO_EGL_DEVICE_ID="99")
+    if alone == "renders with osmesa":
+        assert after_egl == alone
+    else:
+        why = alone[alone.index("MUJOCO_GL=osmesa: ") :]
+        assert "MUJOCO_GL=egl: The MUJOCO_EGL_DEVICE_ID" in after_egl and after_egl.endswith(why)
+
+
+@needs_simulator
+def test_a_process_that_has_no_renderer_any_more_is_told_so() -> None:
+    said = loaded(before="import mujoco")
+    assert "does not render in this process, expected mujoco not to be imported before" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the extra sim")
+def test_where_the_simulator_is_required_its_tests_fail_and_are_not_skipped() -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from simulator import needs_simulator
+print(needs_simulator)
+"""
+    given = {"MUJOCO_GL": "foo", "PI0_REQUIRE_SIMULATOR": ""}
+    skipping = run_program(program, **given)
+    assert skipping.returncode == 0 and "args=(True,)" in skipping.stdout and "MUJOCO_GL=foo" in skipping.stdout
+    failing = run_program(program, **{**given, "PI0_REQUIRE_SIMULATOR": "1"})
+    assert failing.returncode != 0
+    assert "PI0_REQUIRE_SIMULATOR is 1, and there is no simulator: mujoco cannot render here" in failing.stderr

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
+import resource
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+from safetensors import SafetensorError
 
 from pi0_engine.cases import sample_reference
 from pi0_engine.checkpoint import open_checkpoint
 from pi0_engine.config import EngineConfig
+from pi0_engine.demo import tokens
+from pi0_engine.demo import train as training
 from pi0_engine.demo.batches import Batches
 from pi0_engine.demo.dataset import Demonstrations
-from pi0_engine.demo.model import CONFIG, initialized
+from pi0_engine.demo.make_tokenizer import VOCABULARY, make_tokenizer
+from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
+from pi0_engine.demo.tasks import TASKS
 from pi0_engine.demo.train import Recipe, main, train
 from pi0_engine.demo.training_state import TrainingState
 from pi0_engine.policy import Pi0Policy
 from pi0_engine.reference import Pi0Reference, sample_training_time
+from pi0_engine.tokenizer import load_tokenizer
 
 RECIPE = Recipe(steps=2, post_steps=2, batch=3, draws=2)
 
@@ -48,10 +59,34 @@ def trained(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return output
 
 
-def test_the_loss_is_the_references_over_several_noises(demonstrations: Path) -> None:
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(make_tokenizer())
+    return file
+
+
+def other_tokenizer() -> bytes:
+    """Of other instructions: the words of the demo's come out in other pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["tidy the table", "fold the towel", "pour some tea", "close the lid"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        user_defined_symbols=["\n"],
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def test_the_loss_is_the_references_over_several_noises(demonstrations: Path, tokenizer: Path) -> None:
     torch.manual_seed(0)
     model, generator = initialized(CONFIG, seed=0), torch.Generator().manual_seed(1)
-    batch = Batches(demonstrations, CONFIG).draw(4, generator, clean=False)
+    batch = Batches(demonstrations, CONFIG, tokenizer).draw(4, generator, clean=False)
     assert not batch.valid.all() and batch.valid.any(dim=1).all(), "some chunks end early"
     noise, time = torch.randn(4, 3, 16, 8), sample_training_time(12).view(4, 3)
     with torch.no_grad():
@@ -62,8 +97,8 @@ def test_the_loss_is_the_references_over_several_noises(demonstrations: Path) ->
     assert abs(loss - expected) <= 1e-5 * expected
 
 
-def test_batches_hold_normalised_demonstrations(demonstrations: Path) -> None:
-    batches = Batches(demonstrations, CONFIG)
+def test_batches_hold_normalised_demonstrations(demonstrations: Path, tokenizer: Path) -> None:
+    batches = Batches(demonstrations, CONFIG, tokenizer)
     drawn = [batches.draw(64, torch.Generator().manual_seed(seed), clean=True) for seed in range(4)]
     states = torch.cat([batch.state for batch in drawn])
     actions = torch.cat([batch.actions for batch in drawn])
@@ -75,24 +110,29 @@ def test_batches_hold_normalised_demonstrations(demonstrations: Path) -> None:
     assert all(torch.equal(getattr(again, f.name), getattr(drawn[0], f.name)) for f in dataclasses.fields(again))
 
 
-def test_missing_demonstrations_are_named(demonstrations: Path, tmp_path: Path) -> None:
+def test_missing_demonstrations_are_named(demonstrations: Path, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no clean demonstrations: run python -m pi0_engine\.demo\.collect"):
-        Batches(tmp_path, CONFIG)
+        Batches(tmp_path, CONFIG, tokenizer)
     (tmp_path / "reach-clean.safetensors").symlink_to(demonstrations / "reach-clean.safetensors")
     with pytest.raises(ValueError, match="holds no noisy demonstrations"):
-        Batches(tmp_path, CONFIG)
+        Batches(tmp_path, CONFIG, tokenizer)
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_a_resumed_run_is_the_same_run(device: str, tmp_path: Path) -> None:
     def steps(state: TrainingState, numbers: range) -> None:
         for number in numbers:
             torch.manual_seed(number)
-            velocity = state.model.action_out_proj(torch.randn(5, 128)) + state.model.state_proj.weight.sum()
+            hidden = torch.randn(5, 128).to(device)
+            velocity = state.model.action_out_proj(hidden) + state.model.state_proj.weight.sum()
             velocity.square().mean().backward()
             state.update(RECIPE.rate_at(number), RECIPE.average)
 
     def fresh(path: Path) -> TrainingState:
-        return TrainingState.resume(path, initialized(CONFIG, seed=0), RECIPE)
+        return TrainingState.resume(path, initialized(CONFIG, seed=0).to(device), RECIPE)
 
     whole = fresh(tmp_path / "whole.safetensors")
     steps(whole, range(4))
@@ -134,6 +174,75 @@ def test_a_finished_run_stays_and_has_its_picture(trained: Path, demonstrations:
     assert (trained / "loss.png").stat().st_size > 1000
     for line in (trained / "loss.jsonl").read_text().splitlines():
         assert json.loads(line)["loss"] > 0
+
+
+def test_a_run_that_was_stopped_before_its_last_checkpoint_gets_it(
+    trained: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    save_checkpoint(run / "checkpoint", initialized(CONFIG, seed=1), {}, {}, b"an older one")
+    train(demonstrations, run, RECIPE, progress=False)
+    for path in (trained / "checkpoint").rglob("*"):
+        if path.is_file():
+            assert (run / path.relative_to(trained)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_weights_are_written_whole_or_not_at_all(trained: Path, tmp_path: Path) -> None:
+    """Writing stops after one of 4.7 MB."""
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    before, limits = weights.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(SafetensorError, match="File too large"):
+            save_checkpoint(tmp_path / "checkpoint", initialized(CONFIG, seed=1), {}, {}, b"")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert weights.read_bytes() == before
+
+
+def test_the_checkpoint_has_the_tokenizer_that_it_was_trained_with(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is shipped, and for a resumed run whatever a run that begins today would have."""
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / "tokenizer.model").write_bytes(other_tokenizer())
+    monkeypatch.setattr(tokens, "CHECKPOINT", tmp_path / "shipped")
+    drawn: list[torch.Tensor] = []
+
+    def keep_tokens(model: Any, batch: Any, *rest: torch.Tensor) -> torch.Tensor:
+        drawn.append(batch.tokens)
+        return flow_matching_loss(model, batch, *rest)
+
+    monkeypatch.setattr(training, "flow_matching_loss", keep_tokens)
+
+    def check(file: Path, unlike: bytes) -> None:
+        (tmp_path / "unlike.model").write_bytes(unlike)
+        with_file, with_other = (
+            {tuple(load_tokenizer(path, CONFIG).encode_prompt(prompt)[0]) for prompt in prompts}
+            for path in (file, tmp_path / "unlike.model")
+        )
+        seen = {tuple(row.tolist()) for batch in drawn for row in batch}
+        assert seen and seen <= with_file and not seen & with_other
+
+    prompts = [prompt for task in ("reach", "drawer-open") for prompt in TASKS[task].prompts]
+    run = tmp_path / "run"
+    train(demonstrations, run, RECIPE, progress=False)
+    check(run / "checkpoint" / "tokenizer.model", unlike=other_tokenizer())
+
+    state = TrainingState.resume(tmp_path / "state.safetensors", initialized(CONFIG, RECIPE.seed), RECIPE)
+    state.save()
+    shutil.rmtree(run / "checkpoint")
+    state.path.replace(run / "state.safetensors")
+    (run / "tokenizer.model").write_bytes(other_tokenizer())
+    drawn.clear()
+    train(demonstrations, run, RECIPE, progress=False)
+    check(run / "checkpoint" / "tokenizer.model", unlike=make_tokenizer())
+
+    (run / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"has a state\.safetensors and no tokenizer\.model"):
+        train(demonstrations, run, RECIPE, progress=False)
 
 
 def test_the_step_size_rises_and_falls() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pi0_engine.demo.make_tokenizer import make_tokenizer
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 
 
@@ -16,5 +17,5 @@ def write_untrained(folder: Path) -> Path:
 
     state = statistics([0.0, 0.65, 0.15, 0.8], [0.1, 0.1, 0.07, 0.3])
     actions = statistics([0.0, 0.2, -0.1, 0.0], [0.6, 0.6, 0.6, 0.6])
-    save_checkpoint(folder, initialized(CONFIG, seed=0).eval(), state, actions)
+    save_checkpoint(folder, initialized(CONFIG, seed=0).eval(), state, actions, make_tokenizer())
     return folder

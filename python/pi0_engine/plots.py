@@ -5,6 +5,7 @@ They need matplotlib (extra ``plot``).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
 
 _COLUMNS = 4
+
+
+def require_matplotlib() -> None:
+    """Raise ValueError where there is none. For what takes long and plots last, to call first."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib: pip install 'pi0-engine[plot]'")
 
 
 def plot_chunk(
@@ -153,8 +160,7 @@ def plot_seams(
 
 def _figure(figsize: tuple[float, float]) -> Figure:
     """A figure without pyplot, so that no display is needed and no global state is touched."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a plot needs matplotlib: pip install 'pi0-engine[plot]'") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=figsize, layout="constrained")

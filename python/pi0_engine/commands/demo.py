@@ -16,13 +16,14 @@ from pi0_engine.commands.options import Backend, Dtype, table
 from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.film import Film
+from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.policies import ReferencePolicy, load_policy, load_reference
 from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
 from pi0_engine.demo.scene import CAMERAS, CONTROL_HZ, Scene, load_simulator
 from pi0_engine.demo.tasks import TASKS
 from pi0_engine.demo.tokens import CHECKPOINT
-from pi0_engine.plots import plot_chunk
+from pi0_engine.plots import plot_chunk, require_matplotlib
 from pi0_engine.policy import Pi0Policy
 
 #: Candidate chunks in the plot.
@@ -53,9 +54,13 @@ class Demo:
     """Where the film goes (.gif or .mp4); the plot of the first chunk goes beside it, as .png."""
 
     def run(self) -> int:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
         task, prompt = find_instruction(self.prompt)
         execution = Execution(execute=self.execute)
         film, plot = Film(self.output), Path(self.output).with_suffix(".png")
+        check_writable(plot)
+        require_matplotlib()
         checkpoint = self.checkpoint or CHECKPOINT
         policy = load_policy(checkpoint, EngineConfig(device=self.device, dtype=self.dtype, backend=self.backend))
         execution.check(policy.config.action_horizon)

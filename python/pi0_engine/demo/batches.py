@@ -13,15 +13,16 @@ from pi0_engine.demo.dataset import Demonstrations
 from pi0_engine.demo.model import normalizer
 from pi0_engine.demo.objective import Batch
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.demo.tokens import load_demo_tokenizer
+from pi0_engine.tokenizer import load_tokenizer
 
 
 class Batches:
-    """Draws observations: every task as often as any other.
+    """Draws observations: every task as often as its share says.
 
     Args:
         folder: what ``pi0_engine.demo.collect`` wrote.
         config: the model.
+        tokenizer: the sentencepiece model that the checkpoint will have.
 
     Attributes:
         state, actions: statistics over all demonstrations, as ``norm_stats.json`` has them.
@@ -30,7 +31,7 @@ class Batches:
         ValueError: no demonstrations there, or none of one of the two styles.
     """
 
-    def __init__(self, folder: Path, config: Pi0Config) -> None:
+    def __init__(self, folder: Path, config: Pi0Config, tokenizer: Path) -> None:
         self._config = config
         self._parts: dict[str, list[tuple[str, Demonstrations]]] = {"clean": [], "noisy": []}
         for path in sorted(folder.glob("*.safetensors")):
@@ -44,14 +45,15 @@ class Batches:
         self.state = _statistics(np.concatenate([part.states for part in every]))
         self.actions = _statistics(np.concatenate([part.actions for part in every]))
         self._state, self._actions = normalizer(self.state), normalizer(self.actions)
-        self._tokenizer = load_demo_tokenizer(config)
+        self._tokenizer = load_tokenizer(tokenizer, config)
 
     def draw(self, size: int, generator: torch.Generator, *, clean: bool, device: str = "cpu") -> Batch:
         """``size`` observations, of the clean demonstrations alone or of all."""
         parts = self._parts["clean"] if clean else self._parts["clean"] + self._parts["noisy"]
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         frames, states, chunks, valid, tokens = [], [], [], [], []
-        for number in rng.integers(len(parts), size=size):
+        shares = np.array([TASKS[task].share for task, _ in parts], dtype=np.float64)
+        for number in rng.choice(len(parts), size=size, p=shares / shares.sum()):
             task, part = parts[number]
             index = rng.integers(len(part), size=1)
             chunk, there = part.chunks(index, self._config.action_horizon)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pi0_engine.demo.dataset import Demonstrations
-from pi0_engine.demo.scene import CAMERAS, Scene
+from pi0_engine.demo.scene import CAMERAS, Scene, load_simulator
 from pi0_engine.demo.tasks import TASKS, get_task
 
 Style = Literal["noisy", "clean"]
@@ -31,8 +31,12 @@ Style = Literal["noisy", "clean"]
 FIRST_UNSEEN_SEED = 1_000_000
 #: Of these, each run's seed has so many: half for noisy and half for clean episodes.
 _SEEDS_EACH = FIRST_UNSEEN_SEED // 100
+#: Of one task and style, so that those that fail can be tried again in scenes of their own.
+_MOST_EPISODES = 2000
 #: An observation is recorded at every second action: neighbours are nearly equal, and rendering is what takes time.
 STRIDE = 2
+#: Of these, each seed of an evaluation has so many.
+_UNSEEN_EACH = 10_000
 #: An episode that has not succeeded by then is dropped. The experts need 30 to 130 actions.
 _MOST_STEPS = 250
 #: Goes on after success, so that chunks that begin before it are complete.
@@ -98,7 +102,7 @@ def collect(
     processes: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Write ``TASK-STYLE.safetensors`` with ``episodes`` successful episodes of each task in each style.
+    """Write ``TASK-STYLE.safetensors`` with ``episodes * task.share`` successful episodes of each task in each style.
 
     Args:
         output: a folder; files of the same name are replaced.
@@ -106,31 +110,46 @@ def collect(
         processes: None takes as many as there are processors.
 
     Raises:
-        ValueError: a task or number that there is not, or a task whose expert hardly ever succeeds.
+        ValueError: a task or number that there is not, or a task whose expert hardly ever succeeds; no simulator.
     """
-    if not 1 <= episodes <= 2000 or not 0 <= seed < 100:
-        raise ValueError(f"episodes is {episodes}, seed {seed}: expected 1 to 2000, and a seed of 0 to 99")
-    for task in tasks:
-        get_task(task)
+    wanted = {task: episodes * get_task(task).share for task in tasks}
+    if episodes < 1 or max(wanted.values()) > _MOST_EPISODES or not 0 <= seed < 100:
+        raise ValueError(
+            f"episodes is {episodes}, seed {seed}: expected at least 1, at most {_MOST_EPISODES} of any task with its "
+            "share, and a seed of 0 to 99"
+        )
+    load_simulator()  # here it is one error where it fails
     output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with (
         context.Pool(processes or os.cpu_count()) as pool,
-        tqdm(total=2 * len(tasks) * episodes, unit="episode", disable=not progress) as bar,
+        tqdm(total=2 * sum(wanted.values()), unit="episode", disable=not progress) as bar,
     ):
-        for task in tasks:
+        for task, count in wanted.items():
             for style in get_args(Style):
                 kept: list[Demonstrations] = []
-                jobs = _jobs(task, style, seed, most=2 * episodes + 10)
+                jobs = _jobs(task, style, seed, most=2 * count + 10)
                 # As many at a time as are still wanted; those that failed are tried again in other scenes.
-                while round_ := list(itertools.islice(jobs, episodes - len(kept))):
+                while round_ := list(itertools.islice(jobs, count - len(kept))):
                     for demonstrations in pool.imap(_run, round_):
                         if demonstrations is not None:
                             kept.append(demonstrations)
                             bar.update()
-                if len(kept) < episodes:
-                    raise ValueError(f"the expert of {task!r} succeeded {len(kept)} times, expected {episodes}")
+                if len(kept) < count:
+                    raise ValueError(f"the expert of {task!r} succeeded {len(kept)} times, expected {count}")
                 Demonstrations.join(kept).save(output / f"{task}-{style}.safetensors")
+
+
+def unseen_seeds(episodes: int, seed: int) -> range:
+    """The scenes of an evaluation: with another ``seed`` none of them, however many ``episodes`` either has.
+
+    Raises:
+        ValueError: less than one episode or more than 10,000, or a negative seed.
+    """
+    if not 1 <= episodes <= _UNSEEN_EACH or seed < 0:
+        raise ValueError(f"episodes is {episodes} and seed {seed}, expected 1 to {_UNSEEN_EACH} and at least 0")
+    first = FIRST_UNSEEN_SEED + seed * _UNSEEN_EACH
+    return range(first, first + episodes)
 
 
 def _jobs(task: str, style: Style, seed: int, most: int) -> Iterator[_Job]:
@@ -162,9 +181,9 @@ def _push(scene: Scene, rng: np.random.Generator, steps: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pi0_engine.demo.collect", description=__doc__)
-    parser.add_argument("output", type=Path, help="folder for the demonstrations: about 2 GB")
+    parser.add_argument("output", type=Path, help="folder for the demonstrations: about 3 GB")
     parser.add_argument("--tasks", default="all", help="names with commas between them, or all")
-    parser.add_argument("--episodes", type=int, default=100, help="of each task and style (default 100)")
+    parser.add_argument("--episodes", type=int, default=100, help="per task and style, times its share (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="0 to 99 (default 0)")
     parser.add_argument("--processes", type=int, help="default: as many as there are processors")
     given = parser.parse_args(arguments)

@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from pi0_engine.config import DtypeName, EngineConfig, SolverName
-from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.collect import unseen_seeds
 from pi0_engine.demo.policies import load_policy, load_reference
 from pi0_engine.demo.rollout import ChunkPolicy, Episode, Execution, run_episode
-from pi0_engine.demo.scene import Scene
+from pi0_engine.demo.scene import Scene, load_simulator
 from pi0_engine.demo.tasks import TASKS, get_task
 from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.engine.guidance import check_guidable
@@ -82,7 +82,7 @@ def evaluate(
     Args:
         settings: by name.
         tasks: names in :data:`TASKS`.
-        episodes: of each task.
+        episodes: of each task, at most 10,000.
         seed: 0, 1, ...: other scenes each.
         checkpoint: what to run.
         processes: None takes as many as there are processors; each runs on one.
@@ -94,19 +94,20 @@ def evaluate(
     Raises:
         ValueError: a task, a checkpoint or a number that cannot be used; no simulator.
     """
-    if episodes < 1 or seed < 0 or (processes is not None and processes < 1):
-        raise ValueError(f"episodes is {episodes}, seed {seed}, processes {processes}: expected at least 1, 0 and 1")
+    seeds = unseen_seeds(episodes, seed)
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes is {processes}, expected at least 1")
     if not tasks or not settings:
         raise ValueError("there is nothing to evaluate, expected at least one task and one setting")
     for task in tasks:
         get_task(task)
-    for setting in settings.values():  # here it is one error; processes of a pool would die of it again and again
+        if list(tasks).count(task) > 1:
+            raise ValueError(f"task {task!r} is given {list(tasks).count(task)} times, expected each task once")
+    # Here what fails is one error; processes of a pool would die of it again and again.
+    for setting in settings.values():
         setting.execution.check(setting.policy(checkpoint).config.action_horizon)
-    first = FIRST_UNSEEN_SEED + seed * episodes
-    jobs = [
-        (name, task, number)
-        for task, name, number in itertools.product(tasks, settings, range(first, first + episodes))
-    ]
+    load_simulator()
+    jobs = [(name, task, number) for task, name, number in itertools.product(tasks, settings, seeds)]
     outcomes: dict[str, Outcomes] = {name: {task: [] for task in tasks} for name in settings}
     context = multiprocessing.get_context("spawn")
     with (

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.scene import CAMERAS, CONTROL_HZ, Scene
 
 #: Control steps per frame and frames per second: half the robot's speed.
@@ -32,7 +33,7 @@ class Film:
         speed: of the film, relative to the robot's.
 
     Raises:
-        ValueError: another kind of file, or no encoder for it.
+        ValueError: another kind of file, no encoder for it, or a path that cannot be written.
     """
 
     speed = _STRIDE * _FPS / CONTROL_HZ
@@ -48,6 +49,7 @@ class Film:
                 raise ValueError(
                     f"an .mp4 needs {' and '.join(missing)}: pip install 'imageio[ffmpeg]', or film a .gif"
                 )
+        check_writable(path)
         self._frames: list[Image.Image] = []
         self._views: list[NDArray[np.uint8]] = []
 

@@ -20,13 +20,16 @@ from tqdm import tqdm
 
 from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.scene import PILLAR_CENTRE, PILLAR_HALF, Scene
 from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.plots import require_matplotlib
 from pi0_engine.policy import Pi0Policy
 
 _MOST_STEPS = 160
 #: Behind the pillar, in metres from the robot: the hand's fingers are clear of it.
 _PASSED_Y = 0.8
+_PICTURES = (".png", ".svg", ".pdf")
 Driver = Literal["sample", "mean"]
 
 
@@ -115,6 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     given = parser.parse_args(arguments)
     try:
+        if given.picture.suffix not in _PICTURES:
+            raise ValueError(f"the picture is to be {str(given.picture)!r}, expected one of {', '.join(_PICTURES)}")
+        require_matplotlib()
+        check_writable(given.picture)
         policy = Pi0Policy.from_checkpoint(given.checkpoint, robot="metaworld", engine=EngineConfig())
         walks: dict[Driver, list[Walk]] = {"sample": [], "mean": []}
         with Scene("go-around") as scene, tqdm(total=2 * given.walks, unit="walk") as bar:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
+from pi0_engine.demo.collect import unseen_seeds
 from pi0_engine.demo.rollout import ChunkPolicy, Execution, run_episode
 from pi0_engine.demo.scene import Scene
 from pi0_engine.demo.tasks import get_task
@@ -46,22 +46,25 @@ def swap_instructions(
 
     Args:
         policy: who drives.
-        episodes: of each of the four.
+        episodes: of each of the four, at most 10,000.
         seed: 0, 1, ...: other scenes each.
         execution: as of :func:`run_episode`.
         progress: show a bar.
+
+    Raises:
+        ValueError: numbers that cannot be used; no simulator.
     """
-    results = []
+    seeds, results = unseen_seeds(episodes, seed), []
     with tqdm(total=len(PAIR) ** 2 * episodes, unit="episode", disable=not progress) as bar:
         for name in PAIR:
             with Scene(name) as scene:
                 for asked in PAIR:
                     successes, angles = 0, []
-                    for number in range(episodes):
+                    for number in seeds:
                         episode = run_episode(
                             scene,
                             policy,
-                            FIRST_UNSEEN_SEED + seed * episodes + number,
+                            number,
                             prompt=get_task(asked).prompts[0],
                             execution=execution,
                         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from pi0_engine.checkpoint_names import openpi_name
 from pi0_engine.config import GemmaConfig, Pi0Config, SiglipConfig
-from pi0_engine.demo.make_tokenizer import VOCABULARY, make_tokenizer
+from pi0_engine.demo.make_tokenizer import VOCABULARY
 from pi0_engine.demo.scene import FRAME_SIZE
 from pi0_engine.normalization import Normalizer
 from pi0_engine.reference import Pi0Reference
@@ -41,23 +41,32 @@ def initialized(config: Pi0Config, seed: int) -> Pi0Reference:
 
 
 def save_checkpoint(
-    folder: Path, model: Pi0Reference, state: dict[str, list[float]], actions: dict[str, list[float]]
+    folder: Path,
+    model: Pi0Reference,
+    state: dict[str, list[float]],
+    actions: dict[str, list[float]],
+    tokenizer: bytes,
 ) -> None:
     """Write an openpi checkpoint in the PyTorch layout, with weights in bfloat16 and the tokenizer beside them.
 
+    The file of weights is written whole or not at all.
+
     Args:
         state, actions: ``mean``, ``std``, ``q01`` and ``q99`` of each dimension.
+        tokenizer: the sentencepiece model that the weights were trained with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         openpi_name(name): tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.named_parameters()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    partial = folder / "model.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     stats = folder / "assets" / ASSET / "norm_stats.json"
     stats.parent.mkdir(parents=True, exist_ok=True)
     stats.write_text(json.dumps({"norm_stats": {"state": state, "actions": actions}}, indent=2) + "\n")
-    (folder / "tokenizer.model").write_bytes(make_tokenizer())
+    (folder / "tokenizer.model").write_bytes(tokenizer)
 
 
 def normalizer(statistics: dict[str, list[float]]) -> Normalizer:

@@ -23,6 +23,7 @@ from pi0_engine.demo.language import swap_instructions
 from pi0_engine.demo.rollout import Execution
 from pi0_engine.demo.tasks import TASKS
 from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.plots import require_matplotlib
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -177,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     page, results = given.docs / "closed_loop.md", given.docs / "closed_loop_results.json"
     try:
+        require_matplotlib()
         if not page.is_file():
             raise ValueError(f"there is no {page}: run this in the repository, or say where with --docs")
         insert(page.read_text(), "")

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -32,10 +34,22 @@ CAMERAS = {
     "observation/top": ((0.0, 0.70, 0.10), 1.15, 90.0, -89.0),
     "observation/side": ((0.0, 0.70, 0.12), 1.05, 150.0, -30.0),
 }
-#: Of the ball to be reached, in metres; Meta-World's 2 cm are one pixel.
-_BALL_RADIUS = 0.035
+#: The ball to be reached: Meta-World's, red as the arm and of 2 cm, is one pixel. So large, the hand has to be in it.
+_BALL_RADIUS, _BALL_COLOUR = 0.05, (0.0, 0.8, 0.0, 1.0)
 #: The pillar of the tasks with an obstacle: its centre and half its sides, in metres.
 PILLAR_CENTRE, PILLAR_HALF = (0.0, 0.72, 0.15), (0.04, 0.015, 0.15)
+
+#: Environment variable: the ``MUJOCO_GL`` that rendered when it was tried. Processes of a pool need not try again.
+_RENDERED = "PI0_ENGINE_RENDERED"
+#: Prints why it cannot render; each backend fails in its own way where its library is missing.
+_TRIAL = """
+try:
+    import mujoco
+    mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+except Exception as error:
+    print(error)
+    raise
+"""
 
 
 class Scene:
@@ -163,7 +177,7 @@ class Scene:
         model.site_rgba[:, 3] = 0.0
         if self.task.shows_goal:
             goal = model.site("goal").id
-            model.site_rgba[goal], model.site_size[goal] = (1.0, 0.0, 0.0, 1.0), _BALL_RADIUS
+            model.site_rgba[goal], model.site_size[goal] = _BALL_COLOUR, _BALL_RADIUS
         if self.task.obstacle:
             pillar = model.body("wall").id
             model.body_pos[pillar] = PILLAR_CENTRE
@@ -177,7 +191,7 @@ class Scene:
 
 
 def load_simulator() -> ModuleType:
-    """mujoco, set up to render without a display.
+    """mujoco, set up to render without a display: as ``MUJOCO_GL`` says, otherwise by EGL or, failing that, OSMesa.
 
     Raises:
         ValueError: the extra ``sim`` is not installed, or nothing here can render.
@@ -187,24 +201,31 @@ def load_simulator() -> ModuleType:
         raise ValueError(f"the simulator needs {' and '.join(missing)}: pip install 'pi0-engine[sim]'")
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton")  # its LLVM crashes where Mesa's, which renders, was loaded first
-    if "MUJOCO_GL" in os.environ:
-        return _import_mujoco()
-    errors = []
-    for backend in ("egl", "osmesa"):
-        os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = backend
-        try:
-            return _import_mujoco()
-        except Exception as error:  # each backend fails in its own way where its library is missing
-            errors.append(f"{backend}: {error}")
-    raise ValueError(
-        f"mujoco cannot render here ({'; '.join(errors)}): install Mesa's EGL or OSMesa, "
-        "on Debian and Ubuntu `apt-get install libegl1 libgl1-mesa-dri`"
-    )
-
-
-def _import_mujoco() -> ModuleType:
+    given = os.environ.get("MUJOCO_GL")
+    if not given or os.environ.get(_RENDERED) != given:
+        given = _working_backend((given,) if given else ("egl", "osmesa"))
+        os.environ["MUJOCO_GL"] = os.environ[_RENDERED] = given
     import mujoco
 
-    renderer = mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8)
-    renderer.close()
+    try:
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+    except Exception as error:  # tried in another process, it worked
+        raise ValueError(
+            f"MUJOCO_GL={given} does not render in this process, expected mujoco not to be imported before: {error}"
+        ) from error
     return mujoco
+
+
+def _working_backend(backends: tuple[str, ...]) -> str:
+    """The first that renders. Each is tried in a process of its own: one that failed here would be in others' way."""
+    errors = []
+    for backend in backends:
+        program = [sys.executable, "-c", _TRIAL]
+        trial = subprocess.run(program, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True)
+        if trial.returncode == 0:
+            return backend
+        errors.append(f"MUJOCO_GL={backend}: {trial.stdout.strip() or f'it ends with status {trial.returncode}'}")
+    raise ValueError(
+        f"mujoco cannot render here ({'; '.join(errors)}): expected Mesa's EGL or OSMesa, "
+        "on Debian and Ubuntu `apt-get install libegl1 libgl1-mesa-dri`"
+    )

@@ -15,16 +15,21 @@ class Task:
         shows_goal: whether Meta-World's marker of the goal is drawn: only where the goal is nothing but a place in
             the air. Anywhere else it would tell the policy what the instruction should.
         obstacle: whether a pillar stands in the way, which can be passed on either side.
+        share: how many times as many demonstrations as of other tasks are recorded, and how many times as often one
+            is trained on. A ball may hang anywhere in a box of 20 x 10 x 25 cm, a drawer only moves left and right.
     """
 
     environment: str
     prompts: tuple[str, ...]
     shows_goal: bool = False
     obstacle: bool = False
+    share: int = 1
 
 
 TASKS = {
-    "reach": Task("reach", ("reach the ball", "move the hand to the ball", "go to the red ball"), shows_goal=True),
+    "reach": Task(
+        "reach", ("reach the ball", "move the hand to the ball", "go to the green ball"), shows_goal=True, share=3
+    ),
     "button-press": Task(
         "button-press-topdown", ("press the button", "push the button down", "press the red button from above")
     ),
@@ -40,6 +45,7 @@ TASKS = {
         ("reach the ball behind the pillar", "go around the pillar to the ball", "move past the pillar to the ball"),
         shows_goal=True,
         obstacle=True,
+        share=3,
     ),
 }
 

@@ -1,15 +1,8 @@
-"""The tokenizer that ships with the demo's checkpoint."""
+"""Where the checkpoint is that ships with the demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pi0_engine.config import Pi0Config
-from pi0_engine.tokenizer import Tokenizer, load_tokenizer
-
-#: The shipped checkpoint: openpi's PyTorch layout.
+#: openpi's PyTorch layout, with the tokenizer that it was trained with.
 CHECKPOINT = Path(__file__).parent.parent / "data" / "metaworld"
-
-
-def load_demo_tokenizer(config: Pi0Config) -> Tokenizer:
-    return load_tokenizer(CHECKPOINT / "tokenizer.model", config)

@@ -19,13 +19,17 @@ import torch
 from tqdm import tqdm
 
 from pi0_engine.demo.batches import Batches
+from pi0_engine.demo.make_tokenizer import make_tokenizer
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.training_state import TrainingState
+from pi0_engine.plots import require_matplotlib
 from pi0_engine.reference import sample_training_time
 
 #: Steps between two lines of the log.
 _LOG_EVERY = 20
+#: What a run goes on from.
+_STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Recipe:
         seed: of everything that is drawn.
     """
 
-    steps: int = 5000
-    post_steps: int = 1500
+    steps: int = 5500
+    post_steps: int = 2000
     batch: int = 64
     draws: int = 4
     rate: float = 1e-3
@@ -81,20 +85,28 @@ def train(
 
     Args:
         demonstrations: what ``pi0_engine.demo.collect`` wrote.
-        output: ``checkpoint/`` in openpi's PyTorch layout, ``state.safetensors`` to resume from, ``loss.jsonl`` and
-            ``loss.png``.
+        output: ``checkpoint/`` in openpi's PyTorch layout, ``state.safetensors`` and ``tokenizer.model`` to
+            resume from, ``loss.jsonl`` and ``loss.png``.
         compiled: run through ``torch.compile``, which needs a C++ compiler and a minute.
         save_every_s: seconds between two savings.
 
     Raises:
-        ValueError: no demonstrations, or a saved run with another recipe.
+        ValueError: no demonstrations, or a saved run with another recipe or without its tokenizer; no matplotlib.
     """
+    require_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
-    batches = Batches(demonstrations, CONFIG)
+    tokenizer = _tokenizer(output)
+    batches = Batches(demonstrations, CONFIG, tokenizer)
     model = initialized(CONFIG, recipe.seed).to(device)
-    state = TrainingState.resume(output / "state.safetensors", model, recipe)
+    state = TrainingState.resume(output / _STATE, model, recipe)
     log = _open_log(output / "loss.jsonl", state.step)
     step_loss = torch.compile(_loss) if compiled else _loss
+
+    def save() -> None:
+        state.save()
+        averaged = state.averaged()
+        save_checkpoint(output / "checkpoint", averaged, batches.state, batches.actions, tokenizer.read_bytes())
+
     saved = time.monotonic()
     with tqdm(total=recipe.total, initial=state.step, unit="step", disable=not progress) as bar:
         while state.step < recipe.total:
@@ -114,12 +126,22 @@ def train(
                 value = loss.item()
                 bar.set_postfix(loss=f"{value:.3f}", stage="post" if clean else "pre", refresh=False)
                 print(json.dumps({"step": state.step, "loss": value, "clean": clean}), file=log, flush=True)
-            if time.monotonic() - saved > save_every_s or state.step == recipe.total:
-                state.save()
-                save_checkpoint(output / "checkpoint", state.averaged(), batches.state, batches.actions)
+            if time.monotonic() - saved > save_every_s:
+                save()
                 saved = time.monotonic()
+    save()  # of a run that was stopped between its last state and its checkpoint, too
     log.close()
     plot_loss(output / "loss.jsonl", output / "loss.png")
+
+
+def _tokenizer(run: Path) -> Path:
+    """The run's own: made from the instructions where it begins, and kept, whatever becomes of the instructions."""
+    file = run / "tokenizer.model"
+    if not (run / _STATE).is_file():
+        file.write_bytes(make_tokenizer())
+    elif not file.is_file():
+        raise ValueError(f"{run} has a {_STATE} and no {file.name}, expected the one that the run began with beside it")
+    return file
 
 
 def _open_log(path: Path, step: int) -> TextIO:

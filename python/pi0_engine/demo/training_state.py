@@ -53,7 +53,7 @@ class TrainingState:
                 state._average[name].copy_(file.get_tensor(f"average.{name}"))
                 if f"first.{name}" in file.keys():  # noqa: SIM118  (not a dict)
                     state._optimizer.state[parameter] = {
-                        "step": torch.tensor(float(state.step)),
+                        "step": torch.tensor(float(state.step), device=device),  # where fused AdamW keeps it
                         "exp_avg": file.get_tensor(f"first.{name}").to(device),
                         "exp_avg_sq": file.get_tensor(f"second.{name}").to(device),
                     }
