@@ -125,7 +125,7 @@ def test_a_loop_faster_than_the_robot_is_refused() -> None:
 
 def test_a_solver_that_cannot_be_guided_moves_the_robot_without_continuing(caplog: pytest.LogCaptureFixture) -> None:
     policy = serving.fresh_policy(solver="midpoint")
-    assert not policy.continues_chunks and serving.policy().continues_chunks
+    assert policy.no_rtc is not None and serving.policy().no_rtc is None
     with ChunkRunner(policy, control_hz=HZ, hold="last", watchdog_s=60) as runner:
         drive(runner, 20)
     assert not runner.statistics.errors

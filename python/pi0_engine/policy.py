@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pi0_engine.checkpoint import Checkpoint, open_checkpoint
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.continuation import check_mode, continue_chunks
+from pi0_engine.engine.guidance import check_guidable
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.normalization import NormStats, load_norm_stats
 from pi0_engine.observation import Observation as ReadObservation
@@ -141,9 +142,14 @@ class Pi0Policy:
         return self.transform.robot
 
     @property
-    def continues_chunks(self) -> bool:
-        """Whether a chunk can continue another: guided real-time chunking is defined for Euler's solver alone."""
-        return self.rtc.mode == "trained" or self.engine.engine_config.solver == "euler"
+    def no_rtc(self) -> str | None:
+        """Why no chunk can continue another with this policy; None where they can."""
+        if self.rtc.mode == "guided":
+            try:
+                check_guidable(self.engine.engine_config.solver)
+            except ValueError as error:
+                return str(error)
+        return None
 
     def reset(self) -> None:
         """Begin a new episode: the subtask planner is asked anew."""

@@ -153,8 +153,8 @@ class RecordingPolicy:
         return self.policy.robot
 
     @property
-    def continues_chunks(self) -> bool:
-        return self.policy.continues_chunks
+    def no_rtc(self) -> str | None:
+        return self.policy.no_rtc
 
     def infer(
         self,

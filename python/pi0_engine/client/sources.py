@@ -40,7 +40,7 @@ class LocalSource:
 
     def __init__(self, policy: Any, *, rtc: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy, self._clock = policy, clock
-        self._rtc = rtc and _can_continue(getattr(policy, "continues_chunks", True))
+        self._rtc = rtc and _can_continue(getattr(policy, "no_rtc", None))
         self._robot = robot_of(policy)
 
     def ready(self) -> None:
@@ -71,7 +71,7 @@ class RemoteSource:
 
     def __init__(self, client: PolicyClient, *, rtc: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._client, self._clock = client, clock
-        self._rtc = rtc and _can_continue(client.metadata.get("rtc", "guided") is not None)
+        self._rtc = rtc and _can_continue(None if client.metadata.get("rtc", "guided") else "the server says so")
 
     def ready(self) -> None:
         self._client.connect()
@@ -101,11 +101,11 @@ class RemoteSource:
         return {"executed": request.executed, "delay": request.delay, "sequence": sequence}
 
 
-def _can_continue(able: bool) -> bool:
+def _can_continue(why_not: str | None) -> bool:
     """Say it where chunks that should continue each other will not."""
-    if not able:
-        logger.warning("the policy's solver cannot be guided: chunks will not continue each other (rtc)")
-    return able
+    if why_not is not None:
+        logger.warning("chunks will not continue each other (rtc): %s", why_not)
+    return why_not is None
 
 
 def leftover(request: Request) -> Leftover | None:

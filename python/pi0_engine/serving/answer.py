@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pi0_engine.engine.guidance import check_guidable
 from pi0_engine.guards import GuardReport, GuardViolation, check, check_age
 from pi0_engine.inputs import NotFiniteError
 from pi0_engine.observation import ObservationError
@@ -29,16 +28,12 @@ class Responder:
         policy: loaded and warm.
         metrics: told of every answer.
         recorder: given every chunk that was computed, where there is one.
-
-    Attributes:
-        no_rtc: why no chunk can continue another with this policy; None where they can.
     """
 
     def __init__(self, policy: Pi0Policy, metrics: Metrics, recorder: Recorder | None = None) -> None:
         self.policy, self._metrics, self._recorder = policy, metrics, recorder
         self._robot = policy.transform.robot
         self._closing = threading.Lock()
-        self.no_rtc = _why_no_rtc(policy)
 
     def answer(self, job: Job) -> bytes:
         """The reply's bytes.
@@ -133,8 +128,8 @@ class Responder:
         asked, session, chunks = job.request.continues, job.session, job.episode.chunks
         if asked is None:
             return None, None
-        if self.no_rtc is not None:  # with the first message, not when a chunk is in execution
-            raise Refusal("bad_request", self.no_rtc)
+        if (why_not := self.policy.no_rtc) is not None:  # with the first message, not when a chunk is in execution
+            raise Refusal("bad_request", why_not)
         sequence = asked.sequence if asked.sequence is not None else next(reversed(chunks), None)
         chunk = None if sequence is None else chunks.get(sequence)
         if chunk is None:
@@ -162,12 +157,3 @@ class Responder:
         if session.delay is not None:
             session.delay.add(1e-3 * total_ms)
         self._metrics.answered(total_s=1e-3 * total_ms, infer_s=1e-3 * infer_ms, queue_s=1e-3 * queue_ms)
-
-
-def _why_no_rtc(policy: Pi0Policy) -> str | None:
-    if policy.rtc.mode == "guided":
-        try:
-            check_guidable(policy.engine.engine_config.solver)
-        except ValueError as error:
-            return str(error)
-    return None

@@ -126,7 +126,7 @@ class Service:
                 **describe(robot, policy.config.model_type, policy.config.action_horizon),
                 "control_hz": robot.control_hz,
                 "guards": None if robot.guards is None else robot.guards.to_dict(),
-                "rtc": asdict(policy.rtc) if self.ready.result().no_rtc is None else None,
+                "rtc": asdict(policy.rtc) if policy.no_rtc is None else None,
                 "session": session.name,
                 "epoch": session.episode.epoch,
                 **self.options.metadata,
