@@ -2,14 +2,15 @@
 
     python tests/fuzz_server.py --messages 100000 --seed 0
 
-Fails if an answer of a good client is wrong or late, if a hostile message is met with silence or without a code, or if
-the server crashes, hangs or grows.
+Fails if an answer of a good client is wrong or late, if a hostile message is met with silence or without a code, if a
+broken connection is not ended as it must be, or if the server crashes, hangs or grows.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import websockets.exceptions
 import websockets.sync.client as websocket
 from tqdm import tqdm
 
-from hostile import abuse_connection, hold_connections, message
+from hostile import abuse_connection, hold_connections, leave_handshakes_open, message
 from pi0_engine.serving.errors import CODES
 from pi0_engine.serving.wire import packb, unpackb
 from serving import PATIENCE_S, noise, observation, policy, process
@@ -33,7 +34,7 @@ from serving import PATIENCE_S, noise, observation, policy, process
 #: Hostile senders, and good clients beside them.
 SENDERS, GOOD = 4, 2
 #: What a good client allows for an answer. Far above what one takes: the machine may be busy with other things too.
-DEADLINE_MS = 5000.0
+DEADLINE_MS = 2000.0
 
 
 @dataclass
@@ -42,13 +43,14 @@ class Report:
 
     Attributes:
         codes: answers to hostile messages, by code; ``answered`` where one was usable, ``closed N`` by close code.
+        endings: of broken connections: HTTP status, close code, ``closed``, or ``left`` by the client.
         good: of each right answer within its deadline, the milliseconds that it took.
         growth_mb: memory of the server's process at the end less that after its first answers.
         problems: what must not happen.
     """
 
     codes: collections.Counter[str] = field(default_factory=collections.Counter)
-    abused: int = 0
+    endings: collections.Counter[str] = field(default_factory=collections.Counter)
     good: list[float] = field(default_factory=list)
     growth_mb: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -80,7 +82,8 @@ def fuzz(messages: int, seed: int, *, progress: bool = False) -> Report:
             ]
             others = [
                 threading.Thread(target=_guarded, args=(report, _abuser, port, seed, report, done)),
-                threading.Thread(target=_guarded, args=(report, hold_connections, port, 9, done.is_set)),
+                threading.Thread(target=_guarded, args=(report, hold_connections, port, 6, done.is_set)),
+                threading.Thread(target=_guarded, args=(report, leave_handshakes_open, port, done.is_set)),
             ]
             for thread in senders + others:
                 thread.start()
@@ -167,9 +170,10 @@ def _read(answer: str | bytes) -> str:
 
 def _abuser(port: int, seed: int, report: Report, done: threading.Event) -> None:
     random = np.random.default_rng((seed, 1000))
-    while not done.is_set():
-        abuse_connection(port, random)
-        report.abused += 1
+    for number in itertools.count():
+        if done.is_set():
+            return
+        report.endings[abuse_connection(port, random, number)] += 1
         done.wait(0.01)
 
 
@@ -192,8 +196,8 @@ def main() -> int:
     started = time.monotonic()
     report = fuzz(given.messages, given.seed, progress=True)
     seconds = time.monotonic() - started
-    print(f"{report.messages} hostile messages and {report.abused} broken connections in {seconds:.0f} s")
-    for code, count in report.codes.most_common():
+    print(f"{report.messages} hostile messages and {report.endings.total()} broken connections in {seconds:.0f} s")
+    for code, count in report.codes.most_common() + report.endings.most_common():
         print(f"  {count:7d}  {code}")
     if report.good:
         p50, p99 = np.percentile(report.good, [50, 99])

@@ -12,8 +12,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from pi0_engine.serving.server import _OPEN_S
 from pi0_engine.serving.wire import packb
-from serving import observation
+from serving import PATIENCE_S, observation
 
 Random = np.random.Generator
 
@@ -133,52 +134,123 @@ _UPGRADE = (
 )
 
 
-def abuse_connection(port: int, random: Random) -> None:
-    """A connection that breaks HTTP or websocket rules, or is left without a goodbye."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        kind = int(random.integers(9))
-        if kind == 0:
-            connection.sendall(random.bytes(500))
-        elif kind == 1:
-            connection.sendall(b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 100_000)
-        elif kind == 2:
-            connection.sendall(b"POST /metrics HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n")
-        elif kind == 3:
-            connection.sendall(_UPGRADE[: int(random.integers(len(_UPGRADE)))])
+#: How connections are broken, by what is sent, and what must come of it: a status before the websocket is open, a close
+#: code after it. None stands for a connection that ends with or without a word.
+_HTTP: list[Callable[[Random], bytes]] = [
+    lambda random: random.bytes(500),
+    lambda random: b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 100_000,
+    lambda random: b"POST /metrics HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+    lambda random: _UPGRADE[: int(random.integers(len(_UPGRADE)))],
+]
+_FRAMES: list[tuple[bytes, int | None]] = [
+    (b"\x82\x05" + bytes(5), 1002),  # not masked
+    (b"\xbf\x80" + bytes(4), 1002),  # a reserved opcode
+    (b"\x82\xff" + struct.pack(">Q", 2**62) + bytes(4), 1009),  # 4 EB announced
+    (b"\x81\x82" + bytes(4) + b"\xff\xfe", 1007),  # text that is not UTF-8
+    (b"\x82\xfe\xff\xff" + bytes(4) + bytes(1000), None),  # the rest never comes
+]
+
+
+def abuse_connection(port: int, random: Random, number: int) -> str:
+    """A connection that breaks HTTP or websocket rules, or is left without a goodbye: the kinds in turn.
+
+    Returns how the server ended it: an HTTP status, a close code, ``closed`` without either, or ``left`` if this side
+    did. Raises AssertionError if it ended it otherwise than it must, or not at all.
+    """
+    turn, kind = divmod(number, len(_HTTP) + len(_FRAMES))
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+        code = None
+        if kind < len(_HTTP):
+            with contextlib.suppress(ConnectionError):  # the server need not read all of it
+                connection.sendall(_HTTP[kind](random))
         else:
             connection.sendall(_UPGRADE)
-            connection.recv(4096)
-        if kind == 4:
-            connection.sendall(b"\x82\x05" + bytes(5))  # not masked
-        elif kind == 5:
-            connection.sendall(b"\xbf\x80" + bytes(4))  # a reserved opcode
-        elif kind == 6:
-            connection.sendall(b"\x82\xff" + struct.pack(">Q", 2**62) + bytes(4))  # 4 EB announced
-        elif kind == 7:
-            connection.sendall(b"\x81\x82" + bytes(4) + b"\xff\xfe")  # text that is not UTF-8
-        elif kind == 8:
-            connection.sendall(b"\x82\xfe\xff\xff" + bytes(4) + bytes(1000))  # the rest never comes
-        if random.random() < 0.5:  # a reset in place of a goodbye
+            _open(connection)
+            frame, code = _FRAMES[kind - len(_HTTP)]
+            connection.sendall(frame)
+        if turn % 2:  # a reset in place of a goodbye
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        else:
-            connection.settimeout(0.05)
-            connection.recv(4096)
+            return "left"
+        if code is None:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_WR)
+        ending = _ending(connection) if kind < len(_HTTP) else _close_code(connection)
+        if code is not None:
+            assert ending == str(code), f"a broken frame (kind {kind}) ended its connection with {ending}"
+        return ending
+
+
+def _open(connection: socket.socket) -> None:
+    """Read the answer to the handshake, byte by byte so that nothing of the frames behind it is taken."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = connection.recv(1)
+        assert byte, f"no websocket was opened: {head!r}"
+        head += byte
+    assert head.startswith(b"HTTP/1.1 101 "), head
+
+
+def _rest(connection: socket.socket) -> bytes:
+    """All that comes before the connection ends. TimeoutError if it does not end."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):  # an end, too
+        while more := connection.recv(65536):
+            received += more
+    return received
+
+
+def _ending(connection: socket.socket) -> str:
+    answer = _rest(connection)
+    assert not answer or answer.startswith(b"HTTP/1.1 4"), answer
+    return answer.split()[1].decode() if answer else "closed"
+
+
+def _close_code(connection: socket.socket) -> str:
+    """Of the close frame among the server's frames, which are short: pings, and the greeting with 16 bits of length."""
+    frames = _rest(connection)
+    while frames:
+        length, head = frames[1], 2
+        if length == 126:
+            length, head = int.from_bytes(frames[2:4], "big"), 4
+        assert length < 127 or head == 4, "a frame that no server of ours sends"
+        if frames[0] == 0x88:
+            return str(int.from_bytes(frames[head : head + 2], "big"))
+        frames = frames[head + length :]
+    return "closed"
+
+
+def leave_handshakes_open(port: int, until: Callable[[], bool]) -> None:
+    """Connections that send nothing, or half a handshake, are closed when its time is up; again and again."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            connections = []
+            for begun in (b"", _UPGRADE[:20], _UPGRADE[:-2]):
+                connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+                connections.append(stack.enter_context(connection))
+                connection.sendall(begun)
+            # Nothing else would end them: the pings that notice a lost client begin with the websocket.
+            end = time.monotonic() + 2 * _OPEN_S
+            for connection in connections:
+                connection.settimeout(max(0.01, end - time.monotonic()))
+                _ending(connection)
+        if until():
+            return
 
 
 def hold_connections(port: int, count: int, until: Callable[[], bool]) -> None:
-    """Slow senders, half-open handshakes and clients that never read, held open at once."""
+    """Slow senders and clients that never read, held open at once."""
     held: list[socket.socket] = []
     try:
         for number in range(count):
             connection = socket.create_connection(("127.0.0.1", port), timeout=5)
             held.append(connection)
-            connection.sendall(_UPGRADE[:20] if number % 3 == 0 else _UPGRADE)
-            if number % 3 == 1:
+            connection.sendall(_UPGRADE)
+            if number % 2:
                 connection.sendall(b"\x82\xff" + struct.pack(">Q", 5_000_000) + bytes(4))
         while not until():
             time.sleep(0.2)
             for number, connection in enumerate(held):
-                if number % 3 == 1:
+                if number % 2:
                     with contextlib.suppress(OSError):
                         connection.sendall(bytes(10))
     finally:
