@@ -30,8 +30,8 @@ from pi0_engine.cases import load_case
 from pi0_engine.commands.options import ModelOptions
 from pi0_engine.config import SolverName
 from pi0_engine.demo.recorded import recorded_observation
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.engine.choices import resolve_device
 from pi0_engine.engine.solvers import CALLS_PER_STEP
 from pi0_engine.images import FramePreprocessor

@@ -12,7 +12,7 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.futures import Walk, main, plot, walk
 from pi0_engine.demo.scene import Scene
-from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.policy import Pi0Policy
 from simulator import needs_simulator
 

@@ -21,8 +21,8 @@ from pi0_engine.demo.policies import ReferencePolicy, load_policy, load_referenc
 from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
 from pi0_engine.demo.scene import CAMERAS, CONTROL_HZ, Scene, load_simulator
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.plots import plot_chunk, require_matplotlib
 from pi0_engine.policy import Pi0Policy
 

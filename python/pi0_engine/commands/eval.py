@@ -11,8 +11,8 @@ from pi0_engine.benchmark import describe_machine
 from pi0_engine.commands.options import Dtype, Solver, print_json, show_progress, table
 from pi0_engine.demo.evaluate import Backend, Setting, evaluate, summarize
 from pi0_engine.demo.rollout import Execution
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.demo.tokens import CHECKPOINT
 
 
 @dataclass(frozen=True)

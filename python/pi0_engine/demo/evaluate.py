@@ -19,8 +19,8 @@ from pi0_engine.demo.collect import unseen_seeds
 from pi0_engine.demo.policies import load_policy, load_reference
 from pi0_engine.demo.rollout import ChunkPolicy, Episode, Execution, run_episode
 from pi0_engine.demo.scene import Scene, load_simulator
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS, get_task
-from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.engine.guidance import check_guidable
 
 Backend = Literal["auto", "torch", "triton", "reference"]

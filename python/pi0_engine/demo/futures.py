@@ -22,7 +22,7 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.scene import PILLAR_CENTRE, PILLAR_HALF, Scene
-from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.plots import require_matplotlib
 from pi0_engine.policy import Pi0Policy
 

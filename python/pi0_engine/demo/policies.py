@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pi0_engine.cases import sample_reference
 from pi0_engine.checkpoint import open_checkpoint
 from pi0_engine.config import EngineConfig, Pi0Config, SolverName
-from pi0_engine.demo.tokens import CHECKPOINT
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.policy import Pi0Policy, load_transform
 from pi0_engine.reference import Pi0Reference
 from pi0_engine.rtc import Leftover

@@ -15,8 +15,8 @@ from PIL import Image
 
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.scene import CAMERAS, Scene
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS, get_task
-from pi0_engine.demo.tokens import CHECKPOINT
 
 #: ``TASK.png`` has the cameras' frames side by side, ``states.json`` the robot's state by task.
 FOLDER = CHECKPOINT.parent / "metaworld_observations"

@@ -21,8 +21,8 @@ from pi0_engine.benchmark import describe_machine
 from pi0_engine.demo.evaluate import Setting, evaluate, summarize
 from pi0_engine.demo.language import swap_instructions
 from pi0_engine.demo.rollout import Execution
+from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.demo.tokens import CHECKPOINT
 from pi0_engine.plots import require_matplotlib
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
