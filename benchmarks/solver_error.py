@@ -37,6 +37,7 @@ from pi0_engine.engine.solvers import CALLS_PER_STEP
 from pi0_engine.images import FramePreprocessor
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.normalization import NormStats
+from pi0_engine.plots import new_figure
 from pi0_engine.policy import load_transform
 from pi0_engine.reference import Pi0Reference, integrate
 from pi0_engine.robots import get_robot
@@ -158,9 +159,7 @@ def _rel_l2(actual: Tensor, exact: Tensor) -> list[float]:
 
 def draw(path: str | Path, report: dict[str, Any], title: str) -> None:
     """One curve per solver over the network calls, logarithmic: the mean over the chunks, shaded up to the largest."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = new_figure(figsize=(8, 4.8))
     axis = figure.subplots()
     for name, row in report["solvers"].items():
         (line,) = axis.plot(row["calls"], row["rel_l2_mean"], marker="o", markersize=3.5, label=name.replace("_", "-"))

@@ -83,6 +83,15 @@ def serving(
     return BackgroundServer(Service(load, service), ServerOptions(port=0, **options))
 
 
+def certificate(folder: Path, *options: str) -> tuple[Path, Path]:
+    """A self-signed one for 127.0.0.1 and its key, as files; openssl makes them."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost", *options]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
 @contextlib.contextmanager
 def process(
     tmp_path: Path,

@@ -291,7 +291,7 @@ def test_what_cannot_be_copied_says_so_and_begins_no_inference() -> None:
 
 
 def test_commands_change_no_faster_than_the_guards_allow_where_another_chunk_takes_over() -> None:
-    """The new chunk begins 1.0 away. Its own steps are 0.05 and 0.2, where 0.1 are allowed in the first dimension."""
+    """The new chunk begins 1.0 away and has steps of 0.05; 0.1 are allowed in the first dimension."""
     loop = Loop(replan_after=2, max_step=[0.1, np.inf, np.inf])
     chunk = np.zeros((H, DIMS), np.float32)
     loop.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import ssl
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -136,15 +135,7 @@ def test_a_solver_that_cannot_be_guided_moves_the_robot_without_continuing(caplo
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: it makes the certificate")
 def test_a_certificate_of_one_s_own(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    cert, key = serving.certificate(tmp_path, "-nodes")
     with serving.serving(tls_cert=cert, tls_key=key) as server:
         address = f"wss://127.0.0.1:{server.port}"
         with PolicyClient(address, tls=ssl.create_default_context(cafile=cert)) as client:

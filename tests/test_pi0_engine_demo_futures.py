@@ -68,4 +68,6 @@ def test_a_picture_that_cannot_be_drawn_is_named_first(tmp_path: Path, capsys: p
     assert "out.png' cannot be written (No such file" in capsys.readouterr().err
     assert main([str(tmp_path / "out.gif"), *nowhere]) == 2
     assert "out.gif', expected one of .png, .svg, .pdf" in capsys.readouterr().err
+    assert main([str(tmp_path / "out.png"), *nowhere, "--walks", "0"]) == 2
+    assert "walks is 0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

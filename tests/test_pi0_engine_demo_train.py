@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from pi0_engine.cases import sample_reference
 from pi0_engine.checkpoint import open_checkpoint
 from pi0_engine.config import EngineConfig
-from pi0_engine.demo import shipped
 from pi0_engine.demo import train as training
 from pi0_engine.demo.batches import Batches
 from pi0_engine.demo.dataset import Demonstrations
@@ -206,9 +205,6 @@ def test_the_checkpoint_has_the_tokenizer_that_it_was_trained_with(
     demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is shipped, and for a resumed run whatever a run that begins today would have."""
-    (tmp_path / "shipped").mkdir()
-    (tmp_path / "shipped" / "tokenizer.model").write_bytes(other_tokenizer())
-    monkeypatch.setattr(shipped, "CHECKPOINT", tmp_path / "shipped")
     drawn: list[torch.Tensor] = []
 
     def keep_tokens(model: Any, batch: Any, *rest: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import tempfile
 import threading
 import tracemalloc
@@ -32,7 +31,7 @@ from pi0_engine.serving.protocol import SERVER_KEYS, read_request
 from pi0_engine.serving.server import ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 from pi0_engine.serving.wire import packb, unpackb
-from serving import PATIENCE_S, SIZES, noise, observation, policy, serving
+from serving import PATIENCE_S, SIZES, certificate, noise, observation, policy, serving
 from test_pi0_engine_serving_server import Gated, ask, connect, http, reply
 
 _UPGRADE = (
@@ -139,14 +138,6 @@ def test_a_message_of_countless_fragments_is_cut_off(kind: bytes, monkeypatch: p
 
 def test_keys_do_not_show() -> None:
     assert "sesame" not in repr(ServerOptions(keys=Keys((b"sesame",))))
-
-
-def certificate(folder: Path, *options: str) -> tuple[Path, Path]:
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost", *options]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True)
-    return cert, key
 
 
 def test_who_never_begins_tls_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import shutil
 import ssl
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -32,7 +31,7 @@ from pi0_engine.serving.background import BackgroundServer
 from pi0_engine.serving.server import ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
 from pi0_engine.serving.wire import packb, unpackb
-from serving import PATIENCE_S, fresh_policy, noise, observation, policy, serving
+from serving import PATIENCE_S, certificate, fresh_policy, noise, observation, policy, serving
 
 
 @contextlib.contextmanager
@@ -465,15 +464,7 @@ def test_keys_are_asked_for_before_anything_is_said() -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: it makes the certificate")
 def test_tls(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    cert, key = certificate(tmp_path, "-nodes")
     with serving(tls_cert=cert, tls_key=key) as running:
         assert running.address.result().startswith("wss://")
         trusted = ssl.create_default_context(cafile=cert)

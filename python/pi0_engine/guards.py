@@ -6,12 +6,12 @@ Nothing is limited that the robot's declaration does not limit. NaN and infinity
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 OnViolation = Literal["refuse", "clip", "hold"]
 Kind = Literal["limit", "velocity", "jump", "not_finite", "unreachable", "observation_age"]
@@ -201,6 +201,11 @@ def check(
     return GuardReport(safe, guards.on_violation, found + unreachable)
 
 
+def largest_steps(max_velocity: Iterable[float | None], control_hz: float, dtype: DTypeLike) -> NDArray[Any]:
+    """[A] of this dtype: the largest change from one action to the next that keeps ``max_velocity``; inf where free."""
+    return np.array([np.inf if v is None else v / control_hz for v in max_velocity], dtype)
+
+
 def check_age(age_ms: float, guards: Guards | None) -> None:
     """Refuse an observation that is older than the guards allow, whatever they do otherwise. Raises GuardViolation."""
     oldest = None if guards is None else guards.max_observation_age_ms
@@ -226,7 +231,7 @@ class _Bounds:
         rate = 1.0 if control_hz is None else control_hz
         free = (None,) * dims
         low, high = np.array([pair or (-np.inf, np.inf) for pair in guards.limits or free], dtype).T
-        step = np.array([np.inf if v is None else v / rate for v in guards.max_velocity or free], dtype)
+        step = largest_steps(guards.max_velocity or free, rate, dtype)
         jump = np.array([np.inf if j is None else j for j in guards.max_jump or free], dtype)
         origin = np.zeros(dims, dtype)  # dimensions beyond the state have no jump limit: any finite value does
         origin[: len(state)] = state[:dims]

@@ -42,7 +42,7 @@ def plot_chunk(
     chunks = chunks[None] if chunks.ndim == 2 else chunks
     samples, horizon, dims = chunks.shape
     rows, frames = -(-dims // _COLUMNS), frames or {}
-    figure = _figure(figsize=(11, 1.6 * rows + (2.6 if frames else 0) + 0.8))
+    figure = new_figure(figsize=(11, 1.6 * rows + (2.6 if frames else 0) + 0.8))
     below: FigureBase = figure
     if frames:
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.6, 1.6 * rows))[:, 0]
@@ -66,7 +66,7 @@ def plot_chunk(
 
 def plot_stages(path: str | Path, stages: Sequence[str], series: Mapping[str, Sequence[float]], title: str) -> None:
     """Bars of milliseconds per stage, one colour per series (engine, floor, reference)."""
-    figure = _figure(figsize=(8, 4))
+    figure = new_figure(figsize=(8, 4))
     axis = figure.subplots()
     x = np.arange(len(stages))
     for index, (name, values) in enumerate(series.items()):
@@ -92,7 +92,7 @@ def plot_roofline(
         points: of each stage, one colour each: (label, FLOP per byte, FLOP/s).
         flops_per_s, bytes_per_s: the ceilings.
     """
-    figure = _figure(figsize=(9.5, 6))
+    figure = new_figure(figsize=(9.5, 6))
     axis = figure.subplots()
     reached = [point for stage in points.values() for point in stage]
     ridge = flops_per_s / bytes_per_s
@@ -134,7 +134,7 @@ def plot_seams(
         joints: which dimensions to draw.
         unit: of the commands.
     """
-    figure = _figure(figsize=(11, 1.9 * len(runs) + 0.8))
+    figure = new_figure(figsize=(11, 1.9 * len(runs) + 0.8))
     axes = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axis, (name, (commands, held, seams)) in zip(axes, runs.items(), strict=True):
         at = period_s * np.arange(len(commands))
@@ -158,7 +158,7 @@ def plot_seams(
     figure.savefig(path, dpi=100)
 
 
-def _figure(figsize: tuple[float, float]) -> Figure:
+def new_figure(figsize: tuple[float, float]) -> Figure:
     """A figure without pyplot, so that no display is needed and no global state is touched."""
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0_engine.client.connection import PolicyClient
+from pi0_engine.guards import largest_steps
 from pi0_engine.robots import Robot
 
 
@@ -51,8 +52,7 @@ class Declared:
         """float32 [A]: the largest change from one command to the next; infinite where it is free, None if all are."""
         if self.max_velocity is None or self.control_hz is None:
             return None
-        rate = self.control_hz
-        return np.array([np.inf if v is None else v / rate for v in self.max_velocity], np.float32)
+        return largest_steps(self.max_velocity, self.control_hz, np.float32)
 
 
 def robot_of(policy: Any) -> Robot | None:

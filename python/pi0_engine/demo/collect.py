@@ -29,14 +29,14 @@ Style = Literal["noisy", "clean"]
 
 #: Episodes of demonstrations have smaller seeds than this, those of evaluations have it or larger ones.
 FIRST_UNSEEN_SEED = 1_000_000
-#: Of these, each run's seed has so many: half for noisy and half for clean episodes.
+#: Each seed of an evaluation has so many scenes from there on.
+_UNSEEN_EACH = 10_000
+#: Of those before it, each collection's seed has so many: half for noisy and half for clean episodes.
 _SEEDS_EACH = FIRST_UNSEEN_SEED // 100
 #: Of one task and style, so that those that fail can be tried again in scenes of their own.
 _MOST_EPISODES = 2000
 #: An observation is recorded at every second action: neighbours are nearly equal, and rendering is what takes time.
 STRIDE = 2
-#: Of these, each seed of an evaluation has so many.
-_UNSEEN_EACH = 10_000
 #: An episode that has not succeeded by then is dropped. The experts need 30 to 130 actions.
 _MOST_STEPS = 250
 #: Goes on after success, so that chunks that begin before it are complete.

@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.outputs import check_writable
+from pi0_engine.demo.policies import load_policy
 from pi0_engine.demo.scene import PILLAR_CENTRE, PILLAR_HALF, Scene
 from pi0_engine.demo.shipped import CHECKPOINT
-from pi0_engine.plots import require_matplotlib
-from pi0_engine.policy import Pi0Policy
+from pi0_engine.plots import new_figure, require_matplotlib
 
 _MOST_STEPS = 160
 #: Behind the pillar, in metres from the robot: the hand's fingers are clear of it.
@@ -87,13 +86,10 @@ def chunk(policy: Any, observation: dict[str, Any], seed: int, driver: Driver) -
 
 def plot(samples: list[Walk], means: list[Walk], picture: Path) -> None:
     """The walks from above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure = new_figure(figsize=(9, 4.5))
     from matplotlib.patches import Rectangle
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.5), sharex=True, sharey=True, layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, walks, title in zip(
         axes, (samples, means), ("one sample per chunk", "the mean of 32 samples"), strict=True
     ):
@@ -107,7 +103,6 @@ def plot(samples: list[Walk], means: list[Walk], picture: Path) -> None:
         axis.set(title=f"{title}: {done} of {len(walks)} pass the pillar", xlabel="x (m)", aspect="equal")
     axes[0].set_ylabel("y (m), away from the robot")
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,9 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.picture.suffix not in _PICTURES:
             raise ValueError(f"the picture is to be {str(given.picture)!r}, expected one of {', '.join(_PICTURES)}")
+        if given.walks < 1 or given.seed < 0:
+            raise ValueError(f"walks is {given.walks}, seed {given.seed}: expected at least 1 and 0")
         require_matplotlib()
         check_writable(given.picture)
-        policy = Pi0Policy.from_checkpoint(given.checkpoint, robot="metaworld", engine=EngineConfig())
+        policy = load_policy(given.checkpoint)
         walks: dict[Driver, list[Walk]] = {"sample": [], "mean": []}
         with Scene("go-around") as scene, tqdm(total=2 * given.walks, unit="walk") as bar:
             for driver, found in walks.items():

@@ -23,7 +23,7 @@ from pi0_engine.demo.language import swap_instructions
 from pi0_engine.demo.rollout import Execution
 from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.plots import require_matplotlib
+from pi0_engine.plots import new_figure, require_matplotlib
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -149,10 +149,8 @@ def insert(page: str, text: str) -> str:
 
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Success of every setting with its interval; the reference's interval shaded behind them."""
-    from matplotlib.figure import Figure
-
     settings = report["settings"]
-    figure = Figure(figsize=(8, 0.36 * len(settings) + 1.2), layout="constrained")
+    figure = new_figure(figsize=(8, 0.36 * len(settings) + 1.2))
     axis = figure.subplots()
     reference = next(iter(settings.values()))["all"]
     axis.axvspan(100 * reference["low"], 100 * reference["high"], color="tab:gray", alpha=0.2, linewidth=0)

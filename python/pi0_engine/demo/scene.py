@@ -34,7 +34,7 @@ CAMERAS = {
     "observation/top": ((0.0, 0.70, 0.10), 1.15, 90.0, -89.0),
     "observation/side": ((0.0, 0.70, 0.12), 1.05, 150.0, -30.0),
 }
-#: The ball to be reached: Meta-World's, red as the arm and of 2 cm, is one pixel. So large, the hand has to be in it.
+#: The ball to be reached: Meta-World's, red as the arm and of 2 cm, is one pixel. In ours the fingertips have to be.
 _BALL_RADIUS, _BALL_COLOUR = 0.05, (0.0, 0.8, 0.0, 1.0)
 #: The pillar of the tasks with an obstacle: its centre and half its sides, in metres.
 PILLAR_CENTRE, PILLAR_HALF = (0.0, 0.72, 0.15), (0.04, 0.015, 0.15)

@@ -23,7 +23,7 @@ from pi0_engine.demo.make_tokenizer import make_tokenizer
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.training_state import TrainingState
-from pi0_engine.plots import require_matplotlib
+from pi0_engine.plots import new_figure, require_matplotlib
 from pi0_engine.reference import sample_training_time
 
 #: Steps between two lines of the log.
@@ -157,18 +157,14 @@ def _loss(model: Any, batch: Any, noise: torch.Tensor, times: torch.Tensor) -> t
 
 def plot_loss(log: Path, picture: Path) -> None:
     """The loss of each twentieth step and its running mean, with the beginning of post-training marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     means, mean = [], losses[0]
     for loss in losses:
         mean = 0.97 * mean + 0.03 * loss
         means.append(mean)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = new_figure(figsize=(7, 4))
+    axes = figure.subplots()
     axes.plot(steps, losses, lw=0.5, color="tab:blue", alpha=0.4, label="of one step")
     axes.plot(steps, means, color="tab:blue", label="running mean")
     clean = [row["step"] for row in rows if row["clean"]]
@@ -177,7 +173,6 @@ def plot_loss(log: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
     axes.legend()
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
