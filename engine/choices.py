@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pi0_engine.config import EngineConfig
-from pi0_engine.kernels.gemm import cpu_computes_bfloat16
+from pi0_engine.kernels.gemm import cpu_products
 from pi0_engine.kernels.gpu.configs import LaunchConfigs
 from pi0_engine.kernels.gpu.launch import Launcher
 from pi0_engine.kernels.gpu.target import target_of
@@ -36,9 +36,10 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, name), "asked for by name"
     if device.type == "cuda":
         return torch.bfloat16, "the GPU's tensor cores take bfloat16"
-    if cpu_computes_bfloat16():
-        return torch.bfloat16, "this processor has bfloat16 instructions"
-    return torch.float32, "this processor has no bfloat16 instructions"
+    products = cpu_products()
+    if products.best_dtype == torch.float32:
+        return torch.float32, f"products of float32 are clearly faster here: {products}"
+    return torch.bfloat16, f"half of float32's memory, and products are not clearly slower here: {products}"
 
 
 def choose_ops(config: EngineConfig, device: torch.device) -> Ops:

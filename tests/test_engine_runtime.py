@@ -27,6 +27,7 @@ from pi0_engine.engine import choices, runtime
 from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.pipeline import STAGES
 from pi0_engine.images import FramePreprocessor
+from pi0_engine.kernels.gemm import CpuProducts
 
 PI0 = small_config("pi0")
 
@@ -249,14 +250,22 @@ def test_cuda_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         fresh_engine(PI0, device="cuda")
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_dtype_is_what_the_processor_computes(
-    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rates", "expected", "said"),
+    [
+        ((4e11, 2e11, 2e11), torch.bfloat16, "half of float32's memory, and products are not clearly slower"),
+        ((1e11, 2e11, 2e11), torch.bfloat16, "half of float32's memory, and products are not clearly slower"),
+        ((1e11, 1e11, 2e11), torch.float32, "products of float32 are clearly faster"),
+    ],
+)
+def test_auto_dtype_is_what_was_measured(
+    rates: tuple[float, float, float], expected: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choices, "cpu_computes_bfloat16", lambda: native)
+    products = CpuProducts(*rates)
+    monkeypatch.setattr(choices, "cpu_products", lambda: products)
     dtype, reason = resolve_dtype("auto", torch.device("cpu"))
     assert dtype == expected
-    assert reason == f"this processor has {'' if native else 'no '}bfloat16 instructions"
+    assert reason == f"{said} here: {products}"
     assert resolve_dtype("auto", torch.device("cuda"))[0] == torch.bfloat16
     assert resolve_dtype("float32", torch.device("cuda")) == (torch.float32, "asked for by name")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from op_checks import check, randn, weight
 from pi0_engine.kernels import gemm
@@ -33,7 +34,7 @@ def test_widening_a_piece_at_a_time_changes_nothing(piece: int, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_emulated_bfloat16_is_widened(native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bfloat16_is_widened(native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "cpu_computes_bfloat16", lambda: native)
     assert gemm.arithmetic_dtype(torch.zeros(1, dtype=torch.bfloat16)) == expected
     assert gemm.arithmetic_dtype(torch.zeros(1)) == torch.float32
@@ -41,15 +42,42 @@ def test_emulated_bfloat16_is_widened(native: bool, expected: torch.dtype, monke
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("rates", "native", "dtype"),
     [
-        ({"avx2", "avx512f", "avx512_vnni"}, False),
-        ({"avx512f", "avx512_bf16"}, True),
-        ({"amx_bf16"}, True),
-        ({"asimd", "bf16"}, True),
-        (set(), False),
+        ((420, 169, 184), True, torch.bfloat16),  # Zen 4, AVX512-BF16
+        ((72, 149, 155), False, torch.bfloat16),  # the same, told to do without
+        ((165, 270, 306), False, torch.bfloat16),  # Emerald Rapids without AMX; how fast it widens is an assumption
+        ((50, 110, 150), False, torch.bfloat16),
+        ((50, 90, 150), False, torch.float32),  # widening costs more than memory is worth
+        ((2000, 1500, 3100), True, torch.float32),
     ],
 )
-def test_processors_with_bfloat16(flags: set[str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_cpu_flags", lambda: flags)
-    assert gemm.cpu_computes_bfloat16.__wrapped__() is expected
+def test_rates_decide(rates: tuple[float, float, float], native: bool, dtype: torch.dtype) -> None:
+    products = gemm.CpuProducts(*(1e9 * rate for rate in rates))
+    assert (products.native, products.best_dtype) == (native, dtype)
+    assert str(products) == "bfloat16 {}, widened to float32 {}, float32 {} GFLOP/s".format(*rates)
+
+
+def test_rates_are_measured_once_and_say_which_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a way that is made slow the rate is lower: measured is what runs, not what the processor claims."""
+    assert gemm.cpu_products() is gemm.cpu_products()
+    linear = torch.nn.functional.linear
+
+    def slow_in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        for _ in range(40 if weight.dtype == torch.bfloat16 else 1):
+            out = linear(x, weight, bias)
+        return out
+
+    monkeypatch.setattr(gemm, "_PROBE", (32, 256, 256))
+    monkeypatch.setattr(gemm.F, "linear", slow_in_bfloat16)
+    products = gemm.cpu_products.__wrapped__()
+    assert 0 < products.bfloat16 < products.widened and not products.native
+
+
+def test_never_widened_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "cpu_products", lambda: gemm.CpuProducts(1.0, 2.0, 2.0))
+    tensor = torch.zeros(1, dtype=torch.bfloat16)
+    with pytest.raises(KeyError), gemm.never_widened():
+        assert gemm.arithmetic_dtype(tensor) == torch.bfloat16
+        raise KeyError
+    assert gemm.arithmetic_dtype(tensor) == torch.float32

@@ -17,6 +17,7 @@ from PIL import Image
 from checkpoints import tiny_config, write_openpi
 from golden import DATA
 from pi0_engine.cli import main
+from pi0_engine.kernels import gemm
 
 CASE = DATA / "pi0_tiny_c09_only_cam1_h10_s4.npz"
 VERIFY = ["verify", "--random-weights", "0", "--config", str(DATA / "pi0_tiny.json"), "--case", str(CASE)]
@@ -121,6 +122,20 @@ def test_bench_reports_stages_floor_baseline_and_memory(tmp_path: Path, capsys: 
     assert report["peak_memory_bytes"] > report["packed_weight_bytes"] > 0
     with Image.open(plot) as picture:
         assert picture.size[0] > 500
+
+
+def test_bench_compares_with_bfloat16_that_is_not_widened(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor that is faster in float32, the two round differently."""
+    monkeypatch.setattr(gemm, "cpu_products", lambda: gemm.CpuProducts(1e9, 2e9, 2e9))
+    arguments = ["bench", "--config", str(DATA / "pi0_tiny.json"), "--horizon", "10", "--num-steps", "2", "--runs", "1"]
+    arguments += ["--dtype", "bfloat16", "--baseline", "unwidened"]
+    report = run_json(capsys, *arguments)
+    assert report["baseline"]["name"] == "unwidened" and 1e-4 < report["baseline"]["rel_l2"] < 0.03
+    assert report["speedup"] == pytest.approx(report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"])
+    assert main(arguments) == 0
+    assert "x bfloat16 multiplied as it is; actions agree to" in capsys.readouterr().out
 
 
 def test_bench_compares_with_the_reference_of_the_same_solver(capsys: pytest.CaptureFixture[str]) -> None:

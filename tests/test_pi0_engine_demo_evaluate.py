@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import binomial
 from pi0_engine.cli import main
 from pi0_engine.demo import report
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED, unseen_seeds
@@ -211,10 +214,15 @@ def test_the_handle_says_which_way_it_was_turned() -> None:
 
 @needs_simulator
 def test_the_shipped_policy_succeeds() -> None:
-    """A fixed set, end to end: nothing of it was trained on."""
-    setting = Setting(dtype="bfloat16")
-    outcomes = evaluate({"": setting}, tasks=["drawer-open", "button-press"], episodes=3, processes=1, progress=False)
-    assert [e.success for episodes in outcomes[""].values() for e in episodes] == [True] * 6
+    """End to end, in scenes that nothing was trained on: 6 of 6 here, and at least 3 wherever roundings are others.
+
+    With mirrored images 3 of 12 end well, with y and z of the actions exchanged none, with half of each action @@.
+    """
+    tasks = ["drawer-open", "button-press"]
+    before = binomial.measured()["settings"]["engine, bfloat16"]["tasks"]
+    rate = binomial.low(*(sum(before[task][count] for task in tasks) for count in ("successes", "episodes")))
+    outcomes = evaluate({"": Setting(dtype="bfloat16")}, tasks=tasks, episodes=3, processes=1, progress=False)
+    assert sum(e.success for episodes in outcomes[""].values() for e in episodes) >= binomial.least(6, rate) == 3
 
 
 @needs_simulator
@@ -232,6 +240,35 @@ def test_the_instruction_decides_what_is_done() -> None:
             to_open, to_close = (look.reply["actions"][:, 0].sum() for look in looks)
             # An action of 1 is a centimetre. The experts stay 4 cm to the left of the handle, and 4 cm to the right.
             assert to_close - to_open > 4
-    for result in swap_instructions(policy, episodes=3, progress=False):
-        turned = {"faucet-open": result.opened, "faucet-close": result.closed}
-        assert turned.pop(result.asked) >= 2 and turned.popitem()[1] == 0
+    results = swap_instructions(policy, episodes=3, progress=False)
+    as_asked, otherwise = obeyed([asdict(result) for result in results])
+    before = binomial.measured()["language"]
+    episodes = sum(result["episodes"] for result in before)
+    done, undone = obeyed(before)
+    assert as_asked >= binomial.least(12, binomial.low(done, episodes)) == 4
+    assert otherwise <= binomial.most(12, 1 - binomial.low(episodes - undone, episodes)) == 3
+
+
+def obeyed(results: list[dict[str, Any]]) -> tuple[int, int]:
+    """Of the episodes of :func:`swap_instructions`: how often the faucet ended as asked, and how often otherwise."""
+    opened = [result["opened" if result["asked"] == "faucet-open" else "closed"] for result in results]
+    return sum(opened), sum(result["opened"] + result["closed"] for result in results) - sum(opened)
+
+
+def test_no_policy_that_ignores_the_instruction_passes() -> None:
+    """Same scene, same noise, same end: of each pair of episodes one ends as asked if the other does not."""
+    for turned in range(7):  # of the six scenes
+        as_asked = otherwise = turned
+        assert as_asked < 4 or otherwise > 3
+
+
+@pytest.mark.parametrize(("episodes", "rate"), [(6, 0.96), (12, 0.81), (8, 0.7), (50, 0.99), (4, 0.5)])
+def test_bounds_on_counts(episodes: int, rate: float) -> None:
+    """The largest that a correct policy misses once in ten thousand times, by adding up the binomial's terms."""
+
+    def at_least(k: int) -> float:
+        return sum(math.comb(episodes, i) * rate**i * (1 - rate) ** (episodes - i) for i in range(k, episodes + 1))
+
+    least = binomial.least(episodes, rate)
+    assert at_least(least) >= 0.9999 and (least == episodes or at_least(least + 1) < 0.9999)
+    assert binomial.most(episodes, 1 - rate) == episodes - least

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,12 +17,18 @@ from pi0_engine.hub import resolve_source
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache, and no network."""
+@pytest.fixture(params=["told to be offline", "no connection"])
+def hub_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hub cache, and no network: huggingface_hub knows it, or finds out."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if request.param == "told to be offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        with socket.socket() as unheard:
+            unheard.bind(("127.0.0.1", 0))
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{unheard.getsockname()[1]}")
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # between its five tries: 23 s in all
     return cache
 
 
@@ -35,6 +43,21 @@ def test_hub_id_with_a_revision(hub_cache: Path) -> None:
     assert open_checkpoint("someone/pi0-tiny", revision=COMMIT).path == checkpoint.path
     with pytest.raises(ValueError, match=r"'someone/pi0-tiny' .* at revision 'v3' it cannot be loaded \(offline"):
         open_checkpoint("someone/pi0-tiny", revision="v3")
+
+
+def test_a_snapshot_that_is_there_in_part_is_not_opened(hub_cache: Path) -> None:
+    """As an interrupted download leaves it: huggingface_hub 1.33 and newer write down first what they will fetch."""
+    tree = pytest.importorskip("huggingface_hub._tree_cache", reason="this version keeps no list of what it fetches")
+    repository = hub_cache / "models--someone--pi0-tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    write_openpi(snapshot, tiny_config("pi0"))
+    there = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
+    entry = tree.TreeCacheEntry(size=1, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None)
+    tree.write_tree_cache(str(repository), COMMIT, dict.fromkeys(there, entry))
+    assert open_checkpoint("someone/pi0-tiny", revision=COMMIT).path == snapshot
+    tree.write_tree_cache(str(repository), COMMIT, dict.fromkeys([*there, "assets/norm_stats.json"], entry))
+    with pytest.raises(ValueError, match=r"is incomplete: 1 file\(s\) are missing \(assets/norm_stats.json\)"):
+        open_checkpoint("someone/pi0-tiny", revision=COMMIT)
 
 
 def test_hub_id_when_offline(hub_cache: Path) -> None:

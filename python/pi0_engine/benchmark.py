@@ -6,13 +6,15 @@ run. Ratios against the reference are of the same run as well; absolute times on
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import platform
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.engine.trace import count_work, work_per_stage
 from pi0_engine.inputs import ModelInputs
-from pi0_engine.kernels.gemm import arithmetic_dtype
+from pi0_engine.kernels.gemm import arithmetic_dtype, never_widened
 from pi0_engine.random_weights import RandomCheckpoint
 from pi0_engine.reference import Pi0Reference
 from pi0_engine.timing import run_seconds
@@ -33,6 +35,10 @@ from pi0_engine.timing import run_seconds
 #: Engine against reference before anything is timed, relative L2: exact algebra in float32; in bfloat16 two
 #: independent roundings, each up to 0.01 from float32 (docs/parity.md). The reference knows no other dtype.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+
+#: The plain PyTorch reference; or this engine in bfloat16, multiplied by the processor's own instructions even where
+#: widening to float32 is faster (kernels/gemm.py).
+Baseline = Literal["reference", "unwidened"]
 
 
 @dataclass(frozen=True)
@@ -77,17 +83,20 @@ class Workload:
 
 
 def run_benchmark(
-    work: Workload, engine_config: EngineConfig, *, runs: int, baseline: bool, progress: bool
+    work: Workload, engine_config: EngineConfig, *, runs: int, baseline: Baseline | None, progress: bool
 ) -> dict[str, Any]:
     """Everything ``pi0-engine bench`` prints, as JSON-ready data. Times in milliseconds, memory in bytes.
 
     Raises:
-        ValueError: engine and reference disagree (nothing is timed then), or a setting cannot be used.
+        ValueError: engine and baseline disagree (the baseline is not timed then), or a setting cannot be used.
     """
     if runs < 1:
         raise ValueError(f"runs is {runs}, expected at least 1")
-    dtype, _ = resolve_dtype(engine_config.dtype, resolve_device(engine_config.device))
-    if baseline and dtype not in AGREEMENT:
+    device = resolve_device(engine_config.device)
+    if baseline == "unwidened" and device.type != "cpu":
+        raise ValueError(f"the baseline 'unwidened' is of a CPU: a GPU never widens bfloat16, and device is {device}")
+    dtype, _ = resolve_dtype(engine_config.dtype, device)
+    if baseline == "reference" and dtype not in AGREEMENT:
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"the reference runs in float32 or bfloat16, not in {name}: there is no baseline for it")
     # Stored in the dtype that runs, as deployed checkpoints are: the embedding table is not twice as big then.
@@ -119,11 +128,15 @@ def run_benchmark(
         "packed_weight_bytes": engine.weights.packed_bytes,
         "peak_memory_bytes": peak,
     }
-    device = engine.device
-    del engine  # the reference needs as much memory again
+    del engine  # the baseline needs as much memory again
     gc.collect()
     if baseline:
-        report["baseline"] = _measure_reference(work, engine_config.solver, device, dtype, actions, runs, progress)
+        report["baseline"] = {"name": baseline}
+        if baseline == "reference":
+            sample = _reference(work, engine_config.solver, device, dtype, report["baseline"])
+        else:
+            sample = _unwidened(work, engine_config)
+        report["baseline"] |= _measure_baseline(baseline, sample, dtype, actions, runs, progress)
         report["speedup"] = report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"]
     return report
 
@@ -154,34 +167,52 @@ def _against_floor(
     return out
 
 
-def _measure_reference(
-    work: Workload,
-    solver: SolverName,
-    device: torch.device,
+def _reference(
+    work: Workload, solver: SolverName, device: torch.device, dtype: torch.dtype, report: dict[str, Any]
+) -> Callable[[], Tensor]:
+    """What runs the reference once -> [samples, H, A]; says in ``report`` how many prefix tokens it computes."""
+    checkpoint = RandomCheckpoint(work.config, work.seed, dtype)
+    model = Pi0Reference.from_tensors(work.config, checkpoint.tensor, dtype).to(device)
+    inputs, noise = work.inputs()
+    report["prefix_tokens"] = inputs.image_masks.shape[1] * work.config.vision.num_patches + work.config.token_capacity
+    return lambda: sample_reference(model, inputs, noise[0], work.num_steps, solver)
+
+
+def _unwidened(work: Workload, engine_config: EngineConfig) -> Callable[[], Tensor]:
+    """What runs the engine once in bfloat16 as it is -> [samples, H, A]."""
+    checkpoint = RandomCheckpoint(work.config, work.seed, torch.bfloat16)
+    engine = Engine(checkpoint, dataclasses.replace(engine_config, dtype="bfloat16"))
+    inputs, noise = work.inputs()
+
+    def sample() -> Tensor:
+        with never_widened():
+            return engine.infer(inputs, noise, num_steps=work.num_steps).actions[0]
+
+    return sample
+
+
+def _measure_baseline(
+    name: Baseline,
+    sample: Callable[[], Tensor],
     dtype: torch.dtype,
     engine_actions: Tensor,
     runs: int,
     progress: bool,
 ) -> dict[str, float]:
-    checkpoint = RandomCheckpoint(work.config, work.seed, dtype)
-    model = Pi0Reference.from_tensors(work.config, checkpoint.tensor, dtype).to(device)
-    inputs, noise = work.inputs()
-    actions = sample_reference(model, inputs, noise[0], work.num_steps, solver)  # the warm-up as well
-    difference = Difference.between(engine_actions, actions)
-    if not difference.rel_l2 <= AGREEMENT[dtype]:
+    difference = Difference.between(engine_actions, sample())  # the warm-up as well
+    agreement = AGREEMENT[torch.bfloat16 if name == "unwidened" else dtype]
+    if not difference.rel_l2 <= agreement:
         raise ValueError(
-            f"engine and reference disagree: relative L2 {difference.rel_l2:.2e}, expected <= {AGREEMENT[dtype]:.0e}"
+            f"engine and {name} disagree: relative L2 {difference.rel_l2:.2e}, expected <= {agreement:.0e}"
         )
     times = []
-    for _ in tqdm(range(runs), "reference", disable=not progress, leave=False):
+    for _ in tqdm(range(runs), name, disable=not progress, leave=False):
         started = time.perf_counter()
-        sample_reference(model, inputs, noise[0], work.num_steps, solver)
+        sample()
         times.append(time.perf_counter() - started)
-    prefix = inputs.image_masks.shape[1] * work.config.vision.num_patches + work.config.token_capacity
     return {
         "p50_ms": 1e3 * float(np.median(times)),
         "p99_ms": 1e3 * float(np.quantile(times, 0.99)),
-        "prefix_tokens": prefix,
         "rel_l2": difference.rel_l2,
     }
 

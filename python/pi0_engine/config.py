@@ -163,7 +163,7 @@ class EngineConfig:
     Args:
         device: a torch device string, ``"cpu"`` or ``"cuda"``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` (which ends at 65504) or ``"auto"`` (bfloat16 where the
-            processor computes it, else float32).
+            processor does not multiply float32 clearly faster, measured once: kernels/gemm.py).
         backend: ``"auto"``, or the name of an op implementation; a named one that is unavailable raises.
         attention: implementation of vision and prefix attention where it is to be another one than the backend's.
         use_cuda_graph: on a GPU, replay captured graphs; without them every stage is timed by itself.

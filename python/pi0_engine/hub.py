@@ -39,19 +39,36 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, snapshot_download
+
+    def snapshot(*, local_files_only: bool) -> Path:
+        wanted = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=local_files_only, **wanted))
 
     at = f" at revision {revision!r}" if revision else ""
+    logger.info("fetching %s%s from the Hugging Face Hub", repo_id, at)
+    # Every exception: those of the transport are requests' in huggingface_hub 0, httpx's in 1 and httpx2's in 2.
     try:
-        logger.info("fetching %s%s from the Hugging Face Hub", repo_id, at)
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{repo_id!r} is not a local path, and as a Hub id{at} it cannot be loaded "
-            f"(offline, private, gated or misspelt?): {type(error).__name__}: {first_line}"
-        ) from error
+        return snapshot(local_files_only=False)
+    except Exception as error:
+        reason = error
+    # From 1.33 on a commit's files are listed online even where all of them are in the cache. Those versions notice a
+    # snapshot that is there in part; older ones look into the cache by themselves, and would return it.
+    incomplete = getattr(errors, "IncompleteSnapshotError", None)
+    if incomplete is not None:
+        try:
+            found = snapshot(local_files_only=True)
+            logger.info("the Hub gives nothing (%s): using its cache, %s", type(reason).__name__, found)
+            return found
+        except incomplete as error:
+            reason = error
+        except Exception:
+            pass  # nothing is there, and what the Hub said is the reason
+    first_line = (str(reason).strip() or "no reason given").splitlines()[0]
+    raise ValueError(
+        f"{repo_id!r} is not a local path, and as a Hub id{at} it cannot be loaded "
+        f"(offline, private, gated or misspelt?): {type(reason).__name__}: {first_line}"
+    ) from reason
 
 
 def _from_openpi_cache(url: str, revision: str | None) -> Path:

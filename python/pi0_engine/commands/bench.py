@@ -37,7 +37,7 @@ class Bench:
     solver: Solver = "euler"
     """Of the flow: 'midpoint' calls the network twice per flow step, the others once (docs/solvers.md)."""
     dtype: Dtype = "auto"
-    """'auto' is bfloat16 where the processor computes it, else float32."""
+    """'auto' is bfloat16, unless a processor multiplies float32 clearly faster (`pi0-engine env` says how fast)."""
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Backend = "auto"
     attention: Attention = "auto"
@@ -46,8 +46,9 @@ class Bench:
     """On a GPU: replay one graph. Without it (--no-cuda-graph) every stage is timed by itself."""
     launch_configs: str | None = None
     """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
-    baseline: Literal["reference"] | None = None
-    """Also time the plain PyTorch reference, which computes every camera slot and all padding."""
+    baseline: Literal["reference", "unwidened"] | None = None
+    """Also time the plain PyTorch reference, which computes every camera slot and all padding; or, on a CPU, this
+    engine in bfloat16 by the processor's own instructions, even where widening the weights to float32 is faster."""
     layers: bool = False
     """Instead of the stages: engine, pre- and post-processing, policy and websocket round trip, for an ALOHA with up to
     three 224 x 224 cameras, and what the server costs beyond the engine."""
@@ -83,7 +84,7 @@ class Bench:
             work,
             engine,
             runs=self.runs,
-            baseline=self.baseline == "reference",
+            baseline=self.baseline,
             progress=show_progress(self.json),
         )
         if self.json:
@@ -141,7 +142,8 @@ def _text(report: dict[str, Any]) -> str:
         percent = f"{row['percent_of_floor']:.0f} %" if "percent_of_floor" in row else "-"
         rows.append([stage, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", floor, percent])
     if "baseline" in report:
-        rows.append(["reference", f"{report['baseline']['p50_ms']:.2f}", f"{report['baseline']['p99_ms']:.2f}", "", ""])
+        baseline = report["baseline"]
+        rows.append([baseline["name"], f"{baseline['p50_ms']:.2f}", f"{baseline['p99_ms']:.2f}", "", ""])
     machine, ceilings, work = report["machine"], report["ceilings"], report["workload"]
     lines = [
         f"{work['model']}, {report['dtype']}, {work['views']} views, prompt {work['prompt_tokens']}, "
@@ -156,8 +158,12 @@ def _text(report: dict[str, Any]) -> str:
     ]
     if "baseline" in report:
         baseline = report["baseline"]
+        against = {
+            "reference": f"the reference on its {baseline.get('prefix_tokens')} prefix tokens",
+            "unwidened": "bfloat16 multiplied as it is",
+        }
         lines.append(
-            f"{report['speedup']:.2f}x the reference on its {baseline['prefix_tokens']} prefix tokens; "
+            f"{report['speedup']:.2f}x {against[baseline['name']]}; "
             f"actions agree to {baseline['rel_l2']:.1e} (relative L2)"
         )
     return "\n".join(lines)
@@ -173,7 +179,7 @@ def _plot(report: dict[str, Any], path: str) -> None:
     }
     stages = list(timed)
     if "baseline" in report:
-        stages.append("reference")
+        stages.append(report["baseline"]["name"])
         series["engine"].append(report["baseline"]["p50_ms"])
         series["floor of this machine"].append(0.0)
     plot_stages(path, stages, series, f"{report['machine']['device']}, {report['dtype']}")

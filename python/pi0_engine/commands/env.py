@@ -14,7 +14,7 @@ import torch
 from pi0_engine.commands.options import Backend, Dtype, print_json
 from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.images import FramePreprocessor
-from pi0_engine.kernels.gemm import cpu_computes_bfloat16
+from pi0_engine.kernels.gemm import cpu_products
 from pi0_engine.kernels.gpu.configs import configs_for
 from pi0_engine.kernels.gpu.launch import Launcher
 from pi0_engine.kernels.registry import select_ops
@@ -57,8 +57,6 @@ class Env:
         device = resolve_device(self.device)
         dtype, why = resolve_dtype(self.dtype, device)
         frames, ops = FramePreprocessor(), select_ops(self.backend, device)
-        widened = device.type == "cpu" and dtype == torch.bfloat16 and not cpu_computes_bfloat16()
-        arithmetic = "float32 per call: this processor only emulates bfloat16" if widened else "in the dtype"
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return {
             "versions": {
@@ -75,13 +73,22 @@ class Env:
             "engine": {
                 "device": str(device),
                 "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
-                "matrix products": arithmetic,
+                "matrix products": _matrix_products(dtype, device),
                 "launch configurations": _launch_configs(ops.launcher),
                 "frames": f"{frames.implementation}: {frames.reason}",
             },
             "ops": {choice.op: f"{choice.implementation}: {choice.reason}" for choice in ops.choices},
             "optional packages": {name: _installed(name, extra) for name, extra in _OPTIONAL.items()},
         }
+
+
+def _matrix_products(dtype: torch.dtype, device: torch.device) -> str:
+    """In what bfloat16 is multiplied, and how fast a CPU multiplies it in which way."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return "in the dtype"
+    products = cpu_products()
+    how = "in the dtype" if products.native else "in float32, to which weights are widened on each call"
+    return f"{how}: measured {products}"
 
 
 def _launch_configs(launcher: Launcher | None) -> str:
