@@ -34,11 +34,17 @@ BUDGET := 480
 # What `make demo` asks for: one of the trained instructions.
 PROMPT := open the drawer
 
+# Processes that `make test` runs in, each on one core, and each with all tests of a file.
+JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Settings that `make test-portable` tries, with commas between: all of them where none is named.
+SETTINGS :=
+
 # What `make fuzz` sends.
 MESSAGES := 100000
 SEED := 0
 
-.PHONY: help demo test test-full test-lerobot fuzz gpu lint format typecheck clean
+.PHONY: help demo test test-portable test-full test-lerobot fuzz gpu lint format typecheck clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +52,11 @@ help:  ## say what there is to make
 demo: $(VENV)/.demo  ## a small trained π0 drives a simulated robot: a film, a plot, timings, parity (PROMPT=)
 	$(BIN)/pi0-engine demo --prompt "$(PROMPT)"
 
-test: lint  ## lint, then all tests
-	$(BIN)/pytest
+test: lint  ## lint, then all tests (JOBS=)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+test-portable: $(VENV)/.dev  ## numeric tests as other processors round, with other threads, orders and loads: an hour (SETTINGS=)
+	$(BIN)/python tests/portable.py $(if $(SETTINGS),--settings "$(SETTINGS)")
 
 test-full: $(VENV)/.dev  ## the tests at the published model sizes: about 15 GB of memory, some minutes each
 	$(BIN)/pytest -m full_size -s

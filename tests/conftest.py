@@ -5,11 +5,14 @@ hypothesis may be missing: what runs on a GPU does without it.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+import op_checks
 from pi0_engine.kernels import gemm
 
 try:
@@ -22,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FULL_SIZE = (
-    "published sizes: each needs about 15 GB of memory and some minutes; run them with `pytest -m full_size`"
+    "published sizes: up to 15 GB of memory and some minutes each; run them with `pytest -m full_size`"
     " (`make test-full`)"
 )
 
@@ -30,6 +33,17 @@ FULL_SIZE = (
 if hypothesis is not None:
     hypothesis.settings.register_profile("pi0_engine", derandomize=True, deadline=None, max_examples=25, database=None)
     hypothesis.settings.load_profile("pi0_engine")
+
+#: Files that take longest, first: processes of pytest-xdist that take whole files then end at about the same time.
+LONGEST = (
+    "test_kernels_gpu_triton_versions.py",
+    "test_engine_gpu_interpreted.py",
+    "test_pi0_engine_demo_evaluate.py",
+    "test_kernels_gpu_linear.py",
+    "test_package_install.py",
+    "test_kernels_gpu_attention.py",
+    "test_pi0_engine_serving_ray.py",
+)
 
 _left_out: list[str] = []
 
@@ -39,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.pluginmanager.has_plugin("randomly"):
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if "full_size" in config.option.markexpr:
         return
     large = [item for item in items if item.get_closest_marker("full_size")]
@@ -51,6 +67,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _left_out:
         terminalreporter.write_line(f"{len(_left_out)} tests left out, {FULL_SIZE}")
+
+
+@pytest.fixture(autouse=True)
+def any_order() -> Iterator[None]:
+    """A test draws the same numbers whatever ran before it, and leaves no level of logging behind."""
+    op_checks.begin()
+    loggers = [logging.getLogger(), logging.getLogger("pi0_engine")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(params=["float32", "bfloat16", "bfloat16 widened"])

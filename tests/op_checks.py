@@ -16,6 +16,11 @@ SCRATCH = Scratch.allocate(torch.device("cpu"), needed=False)
 _random = torch.Generator().manual_seed(0)
 
 
+def begin() -> None:
+    """Draw the same numbers again: before each test (conftest.py)."""
+    _random.manual_seed(0)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal values that ``dtype`` holds exactly."""
     return torch.randn(shape, generator=_random).to(dtype)

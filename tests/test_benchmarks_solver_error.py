@@ -112,7 +112,8 @@ def test_observations_from_the_command_line(tmp_path: Path) -> None:
     assert (report["observations"], report["chunks"], report["action_dims"]) == (2, 2, 7)
 
 
-def test_the_demo_brings_everything(tmp_path: Path) -> None:
+def test_the_demo_brings_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver_error, "EXACT_STEPS", 10)  # 200 of them take 40 s
     assert main(["--demo", "--samples", "1", "--most-calls", "2", "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["observations"], report["chunks"], report["action_dims"]) == (10, 10, 4)

