@@ -93,10 +93,12 @@ clean:  ## remove everything that was built, .venv and .venv-lerobot too
 
 # --- the environment; each file stands for a step that is done ---
 
+# Its own pip may be old: that of Python 3.10, 23.0, searched for a set of these packages for six minutes without an end.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.10 or newer is needed (make PYTHON=python3.12 ...)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
 	@touch $@
 
 # With an NVIDIA GPU the ordinary build of torch, otherwise the small one where its index can be reached. torch's own
