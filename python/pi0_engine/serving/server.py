@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import ssl
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -116,7 +117,7 @@ class PolicyServer:
                 self.options.port,
                 process_request=self._http,
                 ssl=tls,
-                **({} if tls is None else {"ssl_handshake_timeout": _OPEN_S, "ssl_shutdown_timeout": 1}),
+                **({} if tls is None else _tls_timeouts()),
                 compression=None,  # as openpi: camera frames do not get smaller, only later
                 max_size=int(self.options.max_message_mb * 1e6),
                 max_queue=1,  # newer messages stay in the socket's buffer
@@ -236,6 +237,12 @@ class _Websocket:
             await self._connection.send(message)
         except self._closed:
             log.debug("a reply found its connection closed")
+
+
+def _tls_timeouts() -> dict[str, float]:
+    """Of its beginning and its end. Python 3.10's asyncio has none for the end: websockets' close_timeout is left."""
+    begin = {"ssl_handshake_timeout": _OPEN_S}
+    return begin if sys.version_info < (3, 11) else {**begin, "ssl_shutdown_timeout": 1}
 
 
 def _websockets() -> Any:

@@ -145,6 +145,8 @@ def _scalar(values: dict[Any, Any]) -> np.generic:
     if not isinstance(data, (bool, int, float)):
         raise ValueError(f"a numpy scalar's data is {type(data).__name__}, expected a number")
     try:
+        if dtype.kind in "iu" and not np.iinfo(dtype).min <= data <= np.iinfo(dtype).max:  # numpy 1 would wrap it
+            raise OverflowError
         number: np.generic = dtype.type(data)
     except (OverflowError, ValueError) as error:
         raise ValueError(f"{short(data)} is not a number of {dtype.str}") from error
