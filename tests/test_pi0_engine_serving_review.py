@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import tempfile
 import threading
 import tracemalloc
@@ -148,6 +149,23 @@ def test_who_never_begins_tls_is_cut_off(tmp_path: Path, monkeypatch: pytest.Mon
         socket.create_connection(("127.0.0.1", running.port), timeout=20) as silent,
     ):
         assert silent.recv(1) == b""
+
+
+def test_who_never_ends_tls_does_not_hold_up_the_server(tmp_path: Path) -> None:
+    """A websocket that answers nothing any more: neither the server's goodbye nor the end of TLS."""
+    cert, key = certificate(tmp_path, "-nodes")
+    running = serving(tls_cert=cert, tls_key=key)
+    with (
+        running,
+        socket.create_connection(("127.0.0.1", running.port), timeout=20) as plain,
+        ssl.create_default_context(cafile=cert).wrap_socket(plain, server_hostname="127.0.0.1") as silent,
+    ):
+        silent.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + _UPGRADE + b"\r\n")
+        assert silent.recv(12) == b"HTTP/1.1 101"
+        ended = threading.Thread(target=running.stop)
+        ended.start()
+        ended.join(PATIENCE_S)
+        assert not ended.is_alive()
 
 
 def test_a_key_file_with_a_passphrase_is_refused_and_not_asked_for(tmp_path: Path) -> None:
