@@ -8,7 +8,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Modules are compiled when they are imported, which most never are: an environment is there half a minute earlier.
+PIP := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 TORCH := 2.13.0
 # The client that robots run, to test the server with. Without its dependencies: it asks for numpy 1 and runs on numpy 2.
@@ -84,7 +85,7 @@ typecheck: $(VENV)/.dev  ## types alone
 	@rm -rf build/types && mkdir -p build/types/pi0_engine
 	@ln -s "$(CURDIR)"/python/pi0_engine/* "$(CURDIR)"/kernels "$(CURDIR)"/engine build/types/pi0_engine/
 	@ln -s "$(CURDIR)"/$(LEROBOT_PLUGIN)/lerobot_policy_pi0_engine build/types/
-	MYPYPATH=build/types $(BIN)/mypy -p pi0_engine -p lerobot_policy_pi0_engine
+	MYPYPATH=build/types $(BIN)/mypy --num-workers $(JOBS) -p pi0_engine -p lerobot_policy_pi0_engine
 
 clean:  ## remove everything that was built, .venv and .venv-lerobot too
 	rm -rf $(VENV) $(LEROBOT_VENV) $(LEROBOT_PLUGIN)/build $(LEROBOT_PLUGIN)/*.egg-info build dist *.egg-info demo.gif demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

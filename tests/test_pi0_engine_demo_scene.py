@@ -164,7 +164,7 @@ def test_osmesa_is_tried_where_egl_was_and_failed() -> None:
         assert after_egl == alone
     else:
         why = alone[alone.index("MUJOCO_GL=osmesa: ") :]
-        assert "MUJOCO_GL=egl: The MUJOCO_EGL_DEVICE_ID" in after_egl and after_egl.endswith(why)
+        assert "MUJOCO_GL=egl: " in after_egl and after_egl.endswith(why)
 
 
 @needs_simulator

@@ -241,7 +241,7 @@ class _Websocket:
 
 def _tls_timeouts() -> dict[str, float]:
     """Of its beginning and its end. Python 3.10's asyncio has none for the end: websockets' close_timeout is left."""
-    begin = {"ssl_handshake_timeout": _OPEN_S}
+    begin: dict[str, float] = {"ssl_handshake_timeout": _OPEN_S}
     return begin if sys.version_info < (3, 11) else {**begin, "ssl_shutdown_timeout": 1}
 
 
