@@ -33,6 +33,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of weights and activations, and why."""
     if name != "auto":
+        if device.type == "cpu" and name == "bfloat16":
+            cpu_products()  # timed now, not in the first inference
         return getattr(torch, name), "asked for by name"
     if device.type == "cuda":
         return torch.bfloat16, "the GPU's tensor cores take bfloat16"

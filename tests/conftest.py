@@ -82,7 +82,7 @@ def any_order() -> Iterator[None]:
 
 @pytest.fixture(params=["float32", "bfloat16", "bfloat16 widened"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Every way in which a CPU computes: bfloat16 as itself, or widened where the processor only emulates it."""
+    """Every way in which a CPU computes: bfloat16 as itself, or widened where that is faster."""
     name, _, widened = request.param.partition(" ")
     monkeypatch.setattr(gemm, "cpu_computes_bfloat16", lambda: not widened)
     return getattr(torch, name)

@@ -83,6 +83,12 @@ def check_stream(actual: Stream, expected: Tensor, next_scale: Tensor | None, dt
         assert error <= BOUND[torch.float32], f"sums are off by {error:.2e}"
 
 
+def tf32(x: Tensor) -> Tensor:
+    """float64: 10 bits behind the leading one, as tensor cores round float32 operands where they are allowed to."""
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
 def layer_norm(x: Tensor) -> Tensor:
     """float64, without weight and bias."""
     centred = x.double() - x.double().mean(-1, keepdim=True)

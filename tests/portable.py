@@ -99,7 +99,7 @@ def run(name: str, options: list[str]) -> tuple[str, int]:
     command += ["--no-loadscope-reorder", "-k", " and ".join(f"not {part}" for part in NOT_NUMERIC)]
     with ExitStack() as stack, log.open("w") as out:
         for _ in range(setting.busy):
-            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", _BUSY]))
+            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", _BUSY], env=environment))
             stack.callback(busy.kill)
         done = subprocess.run(
             [*command, *setting.options, *options, *map(str, files)], env=environment, stdout=out, stderr=out

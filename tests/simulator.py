@@ -11,7 +11,7 @@ from pi0_engine.demo.scene import load_simulator
 
 
 @functools.cache
-def _why_not() -> str:
+def why_not() -> str:
     try:
         load_simulator()
     except ValueError as error:
@@ -19,6 +19,6 @@ def _why_not() -> str:
     return ""
 
 
-if os.environ.get("PI0_REQUIRE_SIMULATOR") == "1" and _why_not():
-    raise RuntimeError(f"PI0_REQUIRE_SIMULATOR is 1, and there is no simulator: {_why_not()}")
-needs_simulator = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "the simulator works")
+if os.environ.get("PI0_REQUIRE_SIMULATOR") == "1" and why_not():
+    raise RuntimeError(f"PI0_REQUIRE_SIMULATOR is 1, and there is no simulator: {why_not()}")
+needs_simulator = pytest.mark.skipif(bool(why_not()), reason=why_not() or "the simulator works")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import op_checks
 from models import rel_l2
-from op_checks import layer_norm, randn, rms_norm, weight
+from op_checks import layer_norm, randn, rms_norm, tf32, weight
 
 triton_ops = pytest.importorskip("triton_ops", reason="Triton is not installed")
 
@@ -24,12 +24,6 @@ LOOSEST = {
     for dtype in (torch.float32, torch.bfloat16)
 }
 ROWS, K, N = 33, 600, 72
-
-
-def tf32(x: Tensor) -> Tensor:
-    """10 bits behind the leading one, as tensor cores round float32 operands where they are allowed to."""
-    mantissa, exponent = torch.frexp(x.double())
-    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
 def rotated(x: Tensor, frequencies: Tensor) -> Tensor:

@@ -270,6 +270,16 @@ def test_auto_dtype_is_what_was_measured(
     assert resolve_dtype("float32", torch.device("cuda")) == (torch.float32, "asked for by name")
 
 
+def test_products_are_timed_when_the_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the first inference: not even where bfloat16 is asked for by name."""
+    timed: list[str] = []
+    monkeypatch.setattr(choices, "cpu_products", lambda: timed.append("now"))
+    resolve_dtype("float32", torch.device("cpu"))
+    resolve_dtype("bfloat16", torch.device("cuda"))
+    assert not timed
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "asked for by name") and timed
+
+
 def test_a_backend_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backend 'flash_attn' cannot run op 'vision_attention' on cpu: "):
         fresh_engine(PI0, attention="flash_attn")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models import rel_l2
+from op_checks import tf32
 from pi0_engine.kernels.gpu.attention import head_parts
 from pi0_engine.kernels.gpu.configs import LaunchConfig
 from triton_ops import BOUND, DTYPES, Problem, check_kernel, scratch, unset
@@ -171,11 +172,6 @@ def test_the_allowance_for_large_scores_lets_no_mistake_pass() -> None:
 
     def error(wrong: Tensor) -> float:
         return rel_l2(wrong, right)
-
-    def tf32(x: Tensor) -> Tensor:
-        """10 bits behind the leading one."""
-        mantissa, exponent = torch.frexp(x)
-        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
     assert 0 < error(softmax_attention(q.float(), k.float(), v.float())) <= allowed < 1e-3
     assert error(softmax_attention(tf32(q), tf32(k), v)) > allowed

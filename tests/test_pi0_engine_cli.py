@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from checkpoints import tiny_config, write_openpi
@@ -26,7 +27,7 @@ VERIFY = ["verify", "--random-weights", "0", "--config", str(DATA / "pi0_tiny.js
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's rates are measured on little: at the size that counts they take two seconds of every bench."""
+    """The machine's rates are measured on little: at the size that counts they take over a second of every bench."""
     monkeypatch.setattr(benchmark, "_ceiling_sizes", lambda dtype, device: (64, 256, 1 << 18))
 
 
@@ -143,6 +144,12 @@ def test_bench_compares_with_bfloat16_that_is_not_widened(
     assert report["speedup"] == pytest.approx(report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"])
     assert main(arguments) == 0
     assert "x bfloat16 multiplied as it is; actions agree to" in capsys.readouterr().out
+
+
+def test_a_gpu_has_no_unwidened_baseline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "resolve_device", lambda name: torch.device("cuda"))
+    assert main(["bench", "--config", str(DATA / "pi0_tiny.json"), "--baseline", "unwidened"]) == 2
+    assert "the baseline 'unwidened' is of a CPU" in capsys.readouterr().err
 
 
 def test_bench_compares_with_the_reference_of_the_same_solver(capsys: pytest.CaptureFixture[str]) -> None:

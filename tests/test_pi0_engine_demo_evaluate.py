@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -227,7 +228,8 @@ def test_the_shipped_policy_succeeds() -> None:
     """End to end, in scenes that nothing was trained on: 12 of 12 here, and at least 8 wherever roundings are others.
 
     With other noise of 1e-2 in every action it is 12 as well. Of the broken ones, mirrored images 3, each chunk
-    backwards 7, and none: y and z of the actions exchanged, z inverted, another instruction, noise for actions.
+    backwards 7, another instruction 0 or 1, and none: y and z of the actions exchanged, z inverted, noise for actions.
+    What it does not notice: exchanged cameras (11) and half of each action (12). Those are parity's to find.
     """
     tasks = ["drawer-open", "button-press"]
     before = binomial.measured()["settings"]["engine, bfloat16"]["tasks"]
@@ -255,8 +257,12 @@ def test_the_instruction_decides_what_is_done() -> None:
             to_open, to_close = (look.reply["actions"][:, 0].sum() for look in looks)
             # An action of 1 is a centimetre. The experts stay 4 cm to the left of the handle, and 4 cm to the right.
             assert to_close - to_open > 4
-    results = swap_instructions(policy, episodes=3, progress=False)
-    as_asked, otherwise = obeyed([asdict(result) for result in results])
+    check_obedience([asdict(result) for result in swap_instructions(policy, episodes=3, progress=False)])
+
+
+def check_obedience(results: list[dict[str, Any]]) -> None:
+    """Of three episodes each: as many as the measured rates allow to ask for end as asked, and as few otherwise."""
+    as_asked, otherwise = obeyed(results)
     before = binomial.measured()["language"]
     episodes = sum(result["episodes"] for result in before)
     done, undone = obeyed(before)
@@ -272,9 +278,21 @@ def obeyed(results: list[dict[str, Any]]) -> tuple[int, int]:
 
 def test_no_policy_that_ignores_the_instruction_passes() -> None:
     """Same scene, same noise, same end: of each pair of episodes one ends as asked if the other does not."""
-    for turned in range(7):  # of the six scenes
-        as_asked = otherwise = turned
-        assert as_asked < 4 or otherwise > 3
+
+    def results(*turned: tuple[int, int]) -> list[dict[str, Any]]:
+        """``turned``: of the three scenes of each task, how many are opened and how many closed, whatever is asked."""
+        return [
+            {"asked": asked, "episodes": 3, "opened": opened, "closed": closed}
+            for opened, closed in turned
+            for asked in PAIR
+        ]
+
+    ways = [(opened, closed) for opened in range(4) for closed in range(4 - opened)]
+    for one, other in itertools.product(ways, repeat=2):
+        with pytest.raises(AssertionError):
+            check_obedience(results(one, other))
+    obedient = [{"asked": a, "episodes": 3, "opened": 3 * (a == PAIR[0]), "closed": 3 * (a == PAIR[1])} for a in PAIR]
+    check_obedience(obedient * 2)
 
 
 @pytest.mark.parametrize(("episodes", "rate"), [(6, 0.96), (12, 0.81), (8, 0.7), (50, 0.99), (4, 0.5)])

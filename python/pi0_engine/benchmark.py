@@ -65,10 +65,20 @@ class Workload:
         if not 1 <= self.prompt_tokens <= self.config.token_capacity:
             raise ValueError(f"prompt tokens are {self.prompt_tokens}, expected 1 to {self.config.token_capacity}")
 
+    @property
+    def slots(self) -> int:
+        """Camera slots, present or not."""
+        return max(self.views, len(CAMERA_SLOTS))
+
+    @property
+    def reference_prefix(self) -> int:
+        """Prefix tokens that the reference computes: of all camera slots, and of the padded prompt."""
+        return self.slots * self.config.vision.num_patches + self.config.token_capacity
+
     def inputs(self) -> tuple[ModelInputs, Tensor]:
         """Random images, tokens and state, and noise float32 [1, samples, H, action_dim]."""
         generator = torch.Generator().manual_seed(self.seed)
-        config, slots = self.config, max(self.views, len(CAMERA_SLOTS))
+        config, slots = self.config, self.slots
         size, length = config.vision.image_size, config.token_capacity
         assert config.llm.vocab_size is not None
         tokens = torch.randint(0, config.llm.vocab_size, (1, length), generator=generator)
@@ -131,12 +141,16 @@ def run_benchmark(
     del engine  # the baseline needs as much memory again
     gc.collect()
     if baseline:
-        report["baseline"] = {"name": baseline}
         if baseline == "reference":
-            sample = _reference(work, engine_config.solver, device, dtype, report["baseline"])
+            sample, agreement = _reference(work, engine_config.solver, device, dtype), AGREEMENT[dtype]
         else:
-            sample = _unwidened(work, engine_config)
-        report["baseline"] |= _measure_baseline(baseline, sample, dtype, actions, runs, progress)
+            sample, agreement = _unwidened(work, engine_config), AGREEMENT[torch.bfloat16]
+        report["baseline"] = {
+            "name": baseline,
+            **_measure_baseline(baseline, sample, agreement, actions, runs, progress),
+        }
+        if baseline == "reference":
+            report["baseline"]["prefix_tokens"] = work.reference_prefix
         report["speedup"] = report["baseline"]["p50_ms"] / report["engine"]["total"]["p50_ms"]
     return report
 
@@ -167,14 +181,11 @@ def _against_floor(
     return out
 
 
-def _reference(
-    work: Workload, solver: SolverName, device: torch.device, dtype: torch.dtype, report: dict[str, Any]
-) -> Callable[[], Tensor]:
-    """What runs the reference once -> [samples, H, A]; says in ``report`` how many prefix tokens it computes."""
+def _reference(work: Workload, solver: SolverName, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What runs the reference once -> [samples, H, A]."""
     checkpoint = RandomCheckpoint(work.config, work.seed, dtype)
     model = Pi0Reference.from_tensors(work.config, checkpoint.tensor, dtype).to(device)
     inputs, noise = work.inputs()
-    report["prefix_tokens"] = inputs.image_masks.shape[1] * work.config.vision.num_patches + work.config.token_capacity
     return lambda: sample_reference(model, inputs, noise[0], work.num_steps, solver)
 
 
@@ -194,13 +205,12 @@ def _unwidened(work: Workload, engine_config: EngineConfig) -> Callable[[], Tens
 def _measure_baseline(
     name: Baseline,
     sample: Callable[[], Tensor],
-    dtype: torch.dtype,
+    agreement: float,
     engine_actions: Tensor,
     runs: int,
     progress: bool,
 ) -> dict[str, float]:
     difference = Difference.between(engine_actions, sample())  # the warm-up as well
-    agreement = AGREEMENT[torch.bfloat16 if name == "unwidened" else dtype]
     if not difference.rel_l2 <= agreement:
         raise ValueError(
             f"engine and {name} disagree: relative L2 {difference.rel_l2:.2e}, expected <= {agreement:.0e}"
