@@ -37,7 +37,8 @@ BUDGET := 480
 PROMPT := open the drawer
 
 # Processes that `make test` runs in, each on one core, and each with all tests of a file.
-JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# nproc would otherwise answer with OMP_NUM_THREADS where that is set.
+JOBS := $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$((n < 8 ? n : 8)))
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Settings that `make test-portable` tries, with commas between: all of them where none is named.
 SETTINGS :=
