@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import op_checks
+from longest import LONGEST
 from pi0_engine.kernels import gemm
 
 try:
@@ -33,17 +34,6 @@ FULL_SIZE = (
 if hypothesis is not None:
     hypothesis.settings.register_profile("pi0_engine", derandomize=True, deadline=None, max_examples=25, database=None)
     hypothesis.settings.load_profile("pi0_engine")
-
-#: Files that take longest, first: processes of pytest-xdist that take whole files then end at about the same time.
-LONGEST = (
-    "test_kernels_gpu_triton_versions.py",
-    "test_engine_gpu_interpreted.py",
-    "test_pi0_engine_demo_evaluate.py",
-    "test_kernels_gpu_linear.py",
-    "test_package_install.py",
-    "test_kernels_gpu_attention.py",
-    "test_pi0_engine_serving_ray.py",
-)
 
 _left_out: list[str] = []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import portable
-from conftest import LONGEST
+from longest import LONGEST
 
 TESTS = Path(__file__).parent
 
