@@ -59,7 +59,7 @@ test: lint  ## lint, then all tests (JOBS=)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-portable: $(VENV)/.dev  ## numeric tests as other processors round, with other threads, orders and loads (SETTINGS=)
-	$(BIN)/python tests/portable.py $(if $(SETTINGS),--settings "$(SETTINGS)")
+	$(BIN)/python -m tests.support.portable $(if $(SETTINGS),--settings "$(SETTINGS)")
 
 test-full: $(VENV)/.dev  ## published model sizes, up to 15 GB of memory and some minutes each; all GPU generations
 	$(BIN)/pytest -m full_size -s
@@ -68,15 +68,16 @@ test-lerobot: $(LEROBOT_VENV)/.ready  ## the adapter against the real lerobot: 6
 	$(LEROBOT_VENV)/bin/pytest tests/lerobot
 
 fuzz: $(VENV)/.dev  ## hostile clients against the policy server, a long run (MESSAGES= SEED=)
-	$(BIN)/python tests/fuzz_server.py --messages $(MESSAGES) --seed $(SEED)
+	$(BIN)/python -m tests.support.fuzz_server --messages $(MESSAGES) --seed $(SEED)
 
 # Not in .venv: the Python given brings torch, Triton and pytest, and nothing is installed into it.
 gpu:  ## on a machine with an NVIDIA GPU: build, GPU tests, benchmarks, one table last (PYTHON= OUTPUT= BUDGET=)
 	$(PYTHON) benchmarks/gpu_check.py --output "$(OUTPUT)" --budget $(BUDGET)
 
-lint: $(VENV)/.dev typecheck  ## style and types
+lint: $(VENV)/.dev typecheck  ## style, types, and where the documents lead
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/python -m tests.support.links
 
 format: $(VENV)/.dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix $(CODE)

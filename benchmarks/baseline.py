@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0_engine import reference_layers
 from pi0_engine.inputs import ModelInputs
-from pi0_engine.reference import Pi0Reference, flow_times
-from pi0_engine.reference_layers import KVCache
+from pi0_engine.reference import layers as reference_layers
+from pi0_engine.reference.layers import KVCache
+from pi0_engine.reference.model import Pi0Reference, flow_times
 
 _FREQUENCIES = reference_layers.inverse_frequencies
 
@@ -52,7 +52,9 @@ class Baseline:
     def prepare(self, inputs: ModelInputs, noise: Tensor, num_steps: int) -> Callable[[], Tensor]:
         """A function that computes actions float32 [B, H, A] on the device; inputs are uploaded here, once."""
         names = ("images", "image_masks", "tokens", "token_mask", "state")
-        images, image_masks, tokens, token_mask, state = (getattr(inputs, name).to(self.device) for name in names)
+        images, image_masks, tokens, token_mask, state = (
+            torch.from_numpy(getattr(inputs, name)).to(self.device) for name in names
+        )
         start = noise.to(self.device)
         steps = [(t.to(self.device).expand(len(start)).clone(), dt) for t, dt in flow_times(num_steps)]
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pi0_engine.frames import FrameStaging, staging_size
-from pi0_engine.images import FramePreprocessor
+from pi0_engine.images.pack import FrameStaging, staging_size
+from pi0_engine.images.resize import FramePreprocessor
 from pi0_engine.kernels.registry import all_ops
 
 FRAMES = [(224, 224), (480, 640), (720, 1280)]

@@ -23,14 +23,14 @@ import torch
 
 from contenders import Contender, contenders
 from harness import clocks, describe_environment, result_path, write_json
-from pi0_engine.benchmark import measure_ceilings
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.engine.choices import choose_ops, resolve_device
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.kernels.registry import all_ops
 from pi0_engine.kernels.stream import Scratch
-from pi0_engine.op_calls import Arguments, OpCall, distinct, fill, record_op_calls, repeated, verify
-from pi0_engine.timing import as_one, l2_bytes, run_seconds
+from pi0_engine.measuring.benchmark import measure_ceilings
+from pi0_engine.measuring.op_calls import Arguments, OpCall, distinct, fill, record_op_calls, repeated, verify
+from pi0_engine.measuring.timing import as_one, l2_bytes, run_seconds
 from tables import kernels_table
 
 #: Calls in one captured graph at least: enough that its start does not count.

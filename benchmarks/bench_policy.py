@@ -25,15 +25,15 @@ from torch import Tensor
 from baseline import Baseline, compile_counters, wall_times
 from floors import stage_floors
 from harness import DrawnWeights, clocks, describe_environment, quantiles, result_path, write_json
-from pi0_engine.benchmark import AGREEMENT, Workload, measure_ceilings, peak_memory
-from pi0_engine.cases import Difference
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.engine.choices import resolve_device
 from pi0_engine.engine.graph import summarize
 from pi0_engine.engine.plan import ShapePlan
 from pi0_engine.engine.runtime import Engine
-from pi0_engine.reference import Pi0Reference
-from pi0_engine.timing import run_seconds
+from pi0_engine.measuring.benchmark import AGREEMENT, Workload, measure_ceilings, peak_memory
+from pi0_engine.measuring.cases import Difference
+from pi0_engine.measuring.timing import run_seconds
+from pi0_engine.reference.model import Pi0Reference
 from tables import policy_table
 
 PARTS = ("engine", "eager", "compiled")

@@ -14,7 +14,7 @@ from pi0_engine.kernels.availability import UNAVAILABLE
 from pi0_engine.kernels.gpu.launch import Launcher
 from pi0_engine.kernels.registry import all_ops
 from pi0_engine.kernels.stream import Stream
-from pi0_engine.op_calls import OpCall
+from pi0_engine.measuring.op_calls import OpCall
 
 
 @dataclass(frozen=True)

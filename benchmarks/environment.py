@@ -8,12 +8,13 @@ import sys
 import torch
 
 from harness import clocks, describe_environment
-from pi0_engine.benchmark import measure_ceilings
 from pi0_engine.config import EngineConfig
 from pi0_engine.engine.choices import choose_ops
-from pi0_engine.images import FramePreprocessor
+from pi0_engine.images.resize import FramePreprocessor
+from pi0_engine.kernels.availability import unsafe_triton
 from pi0_engine.kernels.gpu.configs import configs_for
 from pi0_engine.kernels.gpu.target import target_of
+from pi0_engine.measuring.benchmark import measure_ceilings
 
 
 def main() -> int:
@@ -33,6 +34,8 @@ def main() -> int:
         return 0
     target = target_of(device)
     print(f"target: {target}; launch configurations of sm_{configs_for(target.arch)[1]}")
+    if unsafe := unsafe_triton(target.arch):
+        print(f"UNSAFE: {unsafe}")
     print(f"clocks before: {clocks()}")
     ceilings = measure_ceilings(torch.bfloat16, device)
     print(f"clocks after: {clocks()}")

@@ -8,7 +8,7 @@ import torch
 
 from pi0_engine.config import Pi0Config
 from pi0_engine.engine.plan import ShapePlan
-from pi0_engine.op_calls import record_op_calls
+from pi0_engine.measuring.op_calls import record_op_calls
 
 
 def stage_floors(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype, ceilings: dict[str, float]) -> dict[str, Any]:

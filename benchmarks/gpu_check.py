@@ -83,8 +83,8 @@ def checks(output: Path) -> list[Part]:
     engine = [*policy, "--parts", "engine", "eager", "--dot", str(output / "graph.dot")]
     return [
         Part("every op at full size, verified once", every_op, 90),
-        _tests("GPU tests of the kernels", ["tests/test_kernels_gpu*.py", "tests/test_csrc_cuda*.py"], 90),
-        _tests("GPU tests of the engine", ["tests/test_engine_gpu*.py"], 80),
+        _tests("GPU tests of the kernels", ["tests/kernels/gpu/test_*.py", "tests/csrc/test_cuda*.py"], 90),
+        _tests("GPU tests of the engine", ["tests/engine/test_gpu*.py"], 80),
         Part("parity at full size", [[PYTHON, "benchmarks/gpu_parity.py"]], 80),
         Part("benchmark of the policy", [engine], 120),
         Part("nodes of the graph", [[PYTHON, "benchmarks/tables.py", "--graph", str(output)]], 20),

@@ -18,10 +18,9 @@ from pi0_engine.config import EngineConfig
 from pi0_engine.engine.choices import resolve_device
 from pi0_engine.engine.runtime import Engine
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import golden
-from test_parity_openpi import error, openpis_error
+from tests.support import golden
 
 #: Replays of the same inputs that must give the same bits.
 _REPEATS = 20
@@ -34,9 +33,9 @@ def check(case: str, device: str, dtype: str) -> bool:
     weights = DrawnWeights(config, 0, torch.float32)
     drawn = time.perf_counter()
     engine = Engine(weights, EngineConfig(device=device, dtype=dtype))  # type: ignore[arg-type]
-    found = error(engine, recorded)
+    found = golden.error(engine, recorded)
     first = time.perf_counter()
-    bound = openpis_error(case) if dtype == "bfloat16" else 1e-4
+    bound = golden.openpis_error(case) if dtype == "bfloat16" else 1e-4
     noise = recorded.noise[:, None]
     actions = [engine.infer(recorded.inputs, noise, num_steps=recorded.num_steps).actions for _ in range(_REPEATS)]
     same = all(torch.equal(actions[0], other) for other in actions)

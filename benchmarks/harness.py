@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0_engine import benchmark
+from pi0_engine.checkpoints.random_weights import RandomCheckpoint
 from pi0_engine.config import Pi0Config
-from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.timing import l2_bytes
+from pi0_engine.measuring import benchmark
+from pi0_engine.measuring.timing import l2_bytes
 
 RESULTS = Path(__file__).parent / "results"
 #: Where the files are that a commit is asked for.

@@ -26,22 +26,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness import write_json
-from pi0_engine.cases import load_case
-from pi0_engine.commands.options import ModelOptions
 from pi0_engine.config import SolverName
 from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
 from pi0_engine.engine.choices import resolve_device
 from pi0_engine.engine.solvers import CALLS_PER_STEP
-from pi0_engine.images import FramePreprocessor
+from pi0_engine.images.resize import FramePreprocessor
 from pi0_engine.inputs import ModelInputs
-from pi0_engine.normalization import NormStats
-from pi0_engine.plots import new_figure
+from pi0_engine.measuring.cases import load_case
+from pi0_engine.measuring.plots import new_figure
+from pi0_engine.model_options import ModelOptions
 from pi0_engine.policy import load_transform
-from pi0_engine.reference import Pi0Reference, integrate
-from pi0_engine.robots import get_robot
-from pi0_engine.tokenizer_files import demo_tokenizer
+from pi0_engine.reference.model import Pi0Reference, integrate
+from pi0_engine.robots.files import get_robot
+from pi0_engine.robots.normalization import NormStats
+from pi0_engine.text.files import demo_tokenizer
 from tables import aligned
 
 #: What counts as exact: 200 steps, of second order. Euler's own 200 steps are still off by a twentieth of what its ten
@@ -140,9 +140,9 @@ def _flow(model: Pi0Reference, inputs: ModelInputs, noise: Tensor, b: int) -> Ch
     """A function that draws the chunks [samples, H, A] of observation ``b``, whose prefix is computed here, once."""
     device, samples, row = model.projector.weight.device, len(noise), slice(b, b + 1)
     parts = (inputs.pixels, inputs.image_masks, inputs.tokens, inputs.token_mask)
-    prefix, pad_mask = model.embed_prefix(*(part[row].to(device) for part in parts))
+    prefix, pad_mask = model.embed_prefix(*(torch.from_numpy(part[row]).to(device) for part in parts))
     cache = [(k.expand(samples, -1, -1, -1), v.expand(samples, -1, -1, -1)) for k, v in model.prefill(prefix, pad_mask)]
-    pads, state = pad_mask.expand(samples, -1), inputs.state[row].to(device).expand(samples, -1)
+    pads, state = pad_mask.expand(samples, -1), torch.from_numpy(inputs.state[row]).to(device).expand(samples, -1)
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         return model.velocity(state, pads, cache, x, time.to(device).expand(samples))

@@ -1,1 +1,4 @@
-"""The inference engine: plan, packed weights, stages, runtime. Start at ``runtime.py``."""
+"""The inference engine: plan, packed weights, stages, graphs. Start at ``runtime.py``.
+
+In: a checkpoint's tensors, then observations as ``ModelInputs`` (numpy) and noise. Out: normalised actions.
+"""

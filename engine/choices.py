@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pi0_engine.config import EngineConfig
+from pi0_engine.kernels.availability import unsafe_triton
 from pi0_engine.kernels.gemm import cpu_products
 from pi0_engine.kernels.gpu.configs import LaunchConfigs
 from pi0_engine.kernels.gpu.launch import Launcher
@@ -59,3 +60,10 @@ def choose_ops(config: EngineConfig, device: torch.device) -> Ops:
     )
     ops = select_ops(config.backend, device, launcher, prefer)
     return with_ranges(ops) if config.nvtx else ops
+
+
+def why_unsafe(ops: Ops, device: torch.device) -> str | None:
+    """Why what was chosen may compute wrong numbers on this GPU (docs/gpu.md); None if nothing is known."""
+    if device.type != "cuda" or all(choice.implementation != "triton" for choice in ops.choices):
+        return None
+    return unsafe_triton(target_of(device).arch)

@@ -54,7 +54,7 @@ def network_call(
 
 
 def euler_step(ops: Ops, terms: StepTerms, space: Workspace) -> None:
-    """x <- x + dt * velocity(x, t), guided (``guidance.py``)."""
+    """x <- x + dt * velocity(x, t), guided (``rtc/guidance.py``)."""
     ops.rmsnorm_linear_euler(
         space.suffix[: space.plan.action_rows],
         terms.out,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pi0_engine.config import Pi0Config, SolverName
 from pi0_engine.kernels.stream import Scratch, Stream, sum_blocks
+from pi0_engine.rtc.guidance import check_per_token_time
 
 #: The stages in the order in which they run; a buffer lives from one of them to another, both included.
 VISION, PREFIX, FLOW = range(3)
@@ -47,7 +48,7 @@ class ShapePlan:
         patches: image tokens of each view.
         frames: (bytes, table entries) reserved for frames that a GPU resizes; None where it is given pixels.
         state_rows: state tokens, one per observation in π0, none in π0.5 (whose prompt holds the state).
-        per_token_time: whether each action token has a flow time of its own, the step's or 0 (guidance.py).
+        per_token_time: whether each action token has a flow time of its own, the step's or 0 (rtc/guidance.py).
         solver: of the flow; those of second order have a buffer more (solvers.py).
     """
 
@@ -147,15 +148,6 @@ class ShapePlan:
         return self.action_rows + self.state_rows
 
 
-def check_per_token_time(config: Pi0Config) -> None:
-    """Raise ValueError saying why the model's action tokens all have the same flow time."""
-    if not config.is_pi05:
-        raise ValueError(
-            "π0 was trained with one flow time for all actions of a chunk, which is part of its action tokens: a given "
-            "prefix at time 0 needs a π0.5 checkpoint that was trained with one (the time enters through adaRMS there)"
-        )
-
-
 def frame_bucket(needed: tuple[int, int]) -> tuple[int, int]:
     """Powers of two, of bytes and of table entries: cameras that fit into the least share a plan, and so on."""
     (pixels, table), (least_pixels, least_table) = needed, _FRAME_BUCKET
@@ -207,7 +199,7 @@ def plan_buffers(config: Pi0Config, plan: ShapePlan, dtype: torch.dtype) -> list
         Buffer("cache_v", (llm.depth, tokens, llm.kv_dim), dtype, PREFIX, FLOW),
         Buffer("state", (plan.state_rows, config.action_dim), f32, VISION, FLOW),
         Buffer("actions", (actions, config.action_dim), f32, VISION, FLOW),
-        # The chunk that this one continues (guidance.py); zeros where there is none.
+        # The chunk that this one continues (rtc/guidance.py); zeros where there is none.
         Buffer("previous", (actions, config.action_dim), f32, VISION, FLOW),
         Buffer("prefix_weights", (actions,), f32, VISION, FLOW),
         Buffer("max_weight", (1,), f32, VISION, FLOW),

@@ -11,26 +11,30 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from pi0_engine.config import EngineConfig
 from pi0_engine.engine import pipeline
-from pi0_engine.engine.choices import choose_ops, resolve_device, resolve_dtype
+from pi0_engine.engine.arrays import as_tensor
+from pi0_engine.engine.choices import choose_ops, resolve_device, resolve_dtype, why_unsafe
 from pi0_engine.engine.graph import CapturedGraph
-from pi0_engine.engine.guidance import Continuation, FixedPrefix, Guide, check_guidable
+from pi0_engine.engine.machine import describe_machine
 from pi0_engine.engine.memory import check_free_memory, reporting_memory
 from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
 from pi0_engine.engine.session import Session
 from pi0_engine.engine.stage_clock import StageClock
 from pi0_engine.engine.time_terms import StepTerms, TimeTerms
 from pi0_engine.engine.weights import TensorSource, pack_weights
-from pi0_engine.frames import staging_size
-from pi0_engine.images import FramePreprocessor
+from pi0_engine.images.pack import staging_size
+from pi0_engine.images.resize import FramePreprocessor
 from pi0_engine.inputs import ModelInputs, NotFiniteError
 from pi0_engine.kernels.registry import Ops
 from pi0_engine.kernels.stream import Scratch
+from pi0_engine.rtc.guidance import Continuation, FixedPrefix, Guide, check_guidable
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,8 @@ class Engine:
         self.device = resolve_device(self.engine_config.device)
         self.dtype, self.dtype_reason = resolve_dtype(self.engine_config.dtype, self.device)
         self.ops: Ops = choose_ops(self.engine_config, self.device)
+        if unsafe := why_unsafe(self.ops, self.device):
+            log.warning("%s", unsafe)
         self._resize = FramePreprocessor(size=self.config.vision.image_size)
         check_free_memory(self.config, self.dtype, self.device)
         with reporting_memory(self.device, "the weights"):
@@ -88,7 +94,7 @@ class Engine:
     def infer(
         self,
         inputs: ModelInputs,
-        noise: Tensor,
+        noise: NDArray[np.float32] | Tensor,
         *,
         num_steps: int | None = None,
         continuation: Continuation | None = None,
@@ -97,10 +103,10 @@ class Engine:
 
         Args:
             inputs: a batch of B observations.
-            noise: float32 [B, samples, H, action_dim], standard normal; its shape says how many candidate chunks to
-                draw per observation and how long they are.
+            noise: float32 [B, samples, H, action_dim], standard normal, an array or a tensor on the CPU; its shape says
+                how many candidate chunks to draw per observation and how long they are.
             num_steps: flow steps of the engine's solver; the checkpoint's own number where None.
-            continuation: the chunks that these continue, one per observation; its samples share it (guidance.py). A
+            continuation: the chunks that these continue, one per observation; its samples share it (rtc/guidance.py). A
                 :class:`Guide` needs the Euler solver.
 
         Raises:
@@ -108,6 +114,7 @@ class Engine:
             MemoryError: the GPU has no room for the buffers of a new shape.
         """
         inputs.validate(self.config)
+        noise = as_tensor(noise)
         self._check_start(noise, continuation, inputs.batch, num_steps)
         per_token = isinstance(continuation, FixedPrefix)
         plan = self._plan_of(inputs, noise.shape[1], noise.shape[2], num_steps, per_token)
@@ -141,7 +148,7 @@ class Engine:
         plan = self._plan_of(inputs, samples, horizon, num_steps, per_token_time)
         return self._run("observe", self.session(plan), plan, inputs, None).seconds
 
-    def sample(self, noise: Tensor, *, continuation: Continuation | None = None) -> Inference:
+    def sample(self, noise: NDArray[np.float32] | Tensor, *, continuation: Continuation | None = None) -> Inference:
         """The second half of ``infer``: chunks for what was observed last, as often as wanted.
 
         Args:
@@ -155,7 +162,7 @@ class Engine:
         if self._observed is None:
             raise ValueError("there is no observation to sample from: call observe first (infer forgets it)")
         session, num_steps = self._observed
-        plan = session.plan
+        plan, noise = session.plan, as_tensor(noise)
         self._check_start(noise, continuation, plan.batch, num_steps)
         if noise.shape[1:3] != (plan.samples, plan.horizon):
             raise ValueError(
@@ -240,6 +247,18 @@ class Engine:
             per_token_time=per_token_time,
             solver=self.engine_config.solver,
         )
+
+    def describe(self) -> dict[str, Any]:
+        """What decides what this engine computes and how it rounds, as JSON values."""
+        machine = describe_machine(self.device)
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **{
+                name: getattr(self.engine_config, name) for name in ("backend", "attention", "launch_configs", "solver")
+            },
+            "machine": {name: machine[name] for name in ("device", "threads", "torch", "unsafe") if name in machine},
+        }
 
     def session(self, plan: ShapePlan) -> Session:
         """The buffers of a plan; made at its first use, the least recently used set is freed for it."""
@@ -334,8 +353,8 @@ class Engine:
         per_token_time: bool,
     ) -> ShapePlan:
         return self.plan(
-            views=inputs.image_masks.sum(dim=1).tolist(),
-            prompt_lengths=inputs.token_mask.sum(dim=1).tolist(),
+            views=inputs.image_masks.sum(axis=1).tolist(),
+            prompt_lengths=inputs.token_mask.sum(axis=1).tolist(),
             samples=samples,
             horizon=horizon,
             num_steps=num_steps,

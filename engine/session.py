@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pi0_engine.config import Pi0Config
+from pi0_engine.engine.arrays import as_tensor
 from pi0_engine.engine.graph import CapturedGraph
-from pi0_engine.engine.guidance import Continuation, FixedPrefix, Guide
 from pi0_engine.engine.plan import ShapePlan, Workspace
-from pi0_engine.frames import FrameStaging
-from pi0_engine.images import FramePreprocessor
+from pi0_engine.images.pack import FrameStaging
+from pi0_engine.images.resize import FramePreprocessor
 from pi0_engine.inputs import ModelInputs
 from pi0_engine.kernels.stream import Scratch
+from pi0_engine.rtc.guidance import Continuation, FixedPrefix, Guide
 
 #: What an observation fills, and what the start of a chunk does: noise goes into "actions".
 _OBSERVATION = ("prompt", "state", "lengths", "suffix_positions")
@@ -69,15 +71,16 @@ class Session:
         self._load_cameras(inputs)
         staged = self._staged
         if self.plan.state_rows:
-            staged["state"].copy_(inputs.state)
-        prompt_rows = inputs.token_mask.sum(dim=1)
+            staged["state"].copy_(as_tensor(inputs.state))
+        prompt_rows = as_tensor(inputs.token_mask).sum(dim=1)
+        given = as_tensor(inputs.tokens)
         lengths = torch.tensor(self.plan.image_rows) + prompt_rows
         staged["lengths"].copy_(lengths)
         staged["suffix_positions"].copy_(self.space.suffix_positions_after(lengths))
         # Pinned memory keeps the embedded rows; on a CPU later stages reuse the buffer.
         kept = staged["prompt"] is not self._device_inputs["prompt"]
         for b, count in enumerate(prompt_rows.tolist()):
-            tokens = inputs.tokens[b, :count]
+            tokens = given[b, :count]
             if not kept or self._embedded[b] != tokens.tolist():
                 staged["prompt"][b, :count].copy_(embed(tokens))
                 self._embedded[b] = tokens.tolist()
@@ -96,9 +99,9 @@ class Session:
         if frames:
             self._resize.patches(frames, patch, every.numpy())
         else:
-            present = inputs.image_masks.nonzero().tolist()
+            images, present = as_tensor(inputs.pixels), np.argwhere(inputs.image_masks).tolist()
             for (b, slot), patches in zip(present, every, strict=True):
-                cut_patches(inputs.pixels[b, slot], patch, out=patches)
+                cut_patches(images[b, slot], patch, out=patches)
         self._upload("patches")
 
     def load_noise(self, noise: Tensor, continuation: Continuation | None = None) -> None:
@@ -108,12 +111,13 @@ class Session:
         for name in _START[1:]:
             staged[name].zero_()
         if isinstance(continuation, Guide):
-            staged["previous"].view(noise.shape).copy_(continuation.previous[:, None].expand(noise.shape))
-            staged["prefix_weights"].view(chunks).copy_(continuation.weights[:, None].expand(chunks))
+            previous, weights = as_tensor(continuation.previous), as_tensor(continuation.weights)
+            staged["previous"].view(noise.shape).copy_(previous[:, None].expand(noise.shape))
+            staged["prefix_weights"].view(chunks).copy_(weights[:, None].expand(chunks))
             staged["max_weight"].fill_(continuation.max_weight)
         elif isinstance(continuation, FixedPrefix):
-            given = continuation.given()[:, None].expand(chunks)
-            previous = continuation.previous[:, None].expand(noise.shape)
+            given = as_tensor(continuation.given())[:, None].expand(chunks)
+            previous = as_tensor(continuation.previous)[:, None].expand(noise.shape)
             staged["actions"].copy_(torch.where(given[..., None], previous, noise).flatten(0, 2))
             staged["time_index"].copy_(given.flatten())
         self._upload(*_START)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pi0_engine.config import FlowTimes, SolverName
 from pi0_engine.engine.solvers import Advance, network_calls
 from pi0_engine.engine.weights import DecoderLayerWeights, TensorSource
+from pi0_engine.rtc.guidance import guidance_weight
 
 #: Rows of a packed weight that are widened to float32 at a time: 8 MB of a full-size expert.
 _ROWS = 2048
@@ -70,13 +71,8 @@ class StepTerms:
 
     @property
     def guidance_weight(self) -> float:
-        """How strongly real-time chunking pulls in this step, before it is bounded; infinite at time 1.
-
-        (1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2 with tau = 1 - time, as in Real-Time Execution of Action
-        Chunking Flow Policies, whose time tau runs the other way.
-        """
-        t = self.time
-        return (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t < 1 else math.inf
+        """How strongly real-time chunking pulls in this step, before it is bounded; infinite at time 1."""
+        return guidance_weight(self.time)
 
 
 def time_embedding(times: list[float], width: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pi0_engine.checkpoints.parameters import parameter_shapes
 from pi0_engine.config import Pi0Config
-from pi0_engine.parameters import parameter_shapes
 
 #: Elements that are scaled in float32 at a time, 4 MB: loading then peaks at 1.15 times the packed weights; pieces of
 #: 16 MB leave holes in the heap and peak at 1.4 times.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
@@ -10,6 +12,37 @@ import torch
 
 #: Tensor cores that take bfloat16 came with this compute capability.
 _OLDEST_ARCH = (8, 0)
+
+
+#: The first Triton that fences every asynchronous copy into shared memory off from the wgmma or tcgen05 that reads it.
+SAFE_TRITON = "3.7.1"
+#: The first GPUs that multiply out of shared memory by themselves.
+_NEEDS_FENCES = 90
+
+
+def unsafe_triton(arch: int | None = None, version: str | None = None) -> str | None:
+    """Why kernels of the installed Triton may compute wrong numbers on a GPU of generation ``arch``; None if not so.
+
+    Triton 3.6 and 3.7.0 leave out ``fence.proxy.async`` between ``cp.async`` and ``wgmma``: the product may read
+    what the copy has not written yet. Without ``arch`` the answer is for any GPU, without ``version`` for what is
+    installed.
+    """
+    if version is None:
+        try:
+            version = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    if (arch is not None and arch < _NEEDS_FENCES) or _numbers(version) >= _numbers(SAFE_TRITON):
+        return None
+    where = "on sm_90 and newer" if arch is None else f"on sm_{arch}"
+    return (
+        f"Triton {version} is unsafe {where}: it leaves out a fence between asynchronous copies and the matrix "
+        f"products that read them, so that results may be wrong; expected {SAFE_TRITON} or newer"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _not_on_gpu(device: torch.device) -> str | None:

@@ -1,7 +1,7 @@
 """Packed camera frames to patches of pixels in [-1, 1].
 
-``pi0_engine.frames`` packs frames of any size into two flat buffers: their bytes, and a table of int32 that says how
-each is resampled (csrc/frame_table.h). All that depends on a camera's size is data, so a captured CUDA graph serves
+``pi0_engine.images.pack`` packs frames of any size into two flat buffers: their bytes, and a table of int32 that says
+how each is resampled (csrc/frame_table.h). All that depends on a camera's size is data, so a captured CUDA graph serves
 every camera.
 """
 
@@ -50,7 +50,7 @@ def _frames_to_patches_cost(pixels: Tensor, table: Tensor, *, patches: Tensor) -
 def frames_to_patches(pixels: Tensor, table: Tensor, *, patches: Tensor) -> None:
     """Scale packed frames to fit a square, centre them on black, map them to [-1, 1], cut them into patches.
 
-    pixels uint8 [bytes] and table int32 [entries], both as ``pi0_engine.frames`` packed them (each may be longer);
+    pixels uint8 [bytes] and table int32 [entries], both as ``pi0_engine.images.pack`` packed them (each may be longer);
     patches float32 [N, patches, p * p * 3], patches row-major, a patch's pixels row by row with the channel fastest.
 
     The resampling is that of openpi-client's ``image_tools.py``, which calls Pillow: along the rows, then along the

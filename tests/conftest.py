@@ -1,6 +1,7 @@
 """Settings of the whole suite: large tests are opt-in, hypothesis draws the same examples always.
 
-hypothesis may be missing: what runs on a GPU does without it.
+hypothesis may be missing: what runs on a GPU does without it. So may torch: a robot's side does without it
+(test_without_torch.py).
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-import op_checks
-from longest import LONGEST
-from pi0_engine.kernels import gemm
+from pi0_engine.torch_needed import has_torch
+from tests.support.longest import LONGEST
+from tests.support.paths import TESTS
 
 try:
     import hypothesis
@@ -22,7 +22,13 @@ except ImportError:
     hypothesis = None  # type: ignore[assignment]
 
 # Without a GPU the Triton kernels run in Triton's interpreter; each decides so when its module is imported.
-if not torch.cuda.is_available():
+if has_torch():
+    import torch
+
+    from pi0_engine.kernels import gemm
+    from tests.support import op_checks
+
+if not has_torch() or not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FULL_SIZE = (
@@ -44,7 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.pluginmanager.has_plugin("randomly"):
-        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+        names = [item.path.relative_to(TESTS).as_posix() for item in items]
+        order = {name: place for place, name in enumerate(LONGEST)}
+        ranked = sorted(zip(names, items, strict=True), key=lambda pair: order.get(pair[0], len(LONGEST)))
+        items[:] = [item for _, item in ranked]
     if "full_size" in config.option.markexpr:
         return
     large = [item for item in items if item.get_closest_marker("full_size")]
@@ -62,7 +71,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def any_order() -> Iterator[None]:
     """A test draws the same numbers whatever ran before it, and leaves no level of logging behind."""
-    op_checks.begin()
+    if has_torch():
+        op_checks.begin()
     loggers = [logging.getLogger(), logging.getLogger("pi0_engine")]
     levels = [logger.level for logger in loggers]
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -10,78 +11,53 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 #: Folder -> package, as setup.py maps them.
 FOLDERS = {"python/pi0_engine": "pi0_engine", "engine": "pi0_engine.engine", "kernels": "pi0_engine.kernels"}
 
-#: Layers from the bottom up. A module imports its own layer and lower ones. Prefixes; the longest match counts.
-LAYERS = [
-    ["pi0_engine.config"],
-    [
-        "pi0_engine.parameters",
-        "pi0_engine.images",
-        "pi0_engine.inputs",
-        "pi0_engine.reference",
-        "pi0_engine.rtc",
-        "pi0_engine.kernels",
-        "pi0_engine._C",
-    ],
-    [
-        "pi0_engine.cases",
-        "pi0_engine.checkpoint",
-        "pi0_engine.frames",
-        "pi0_engine.guards",
-        "pi0_engine.hub",
-        "pi0_engine.lora",
-        "pi0_engine.normalization",
-        "pi0_engine.observation",
-        "pi0_engine.random_weights",
-        "pi0_engine.robot",
-        "pi0_engine.tokenizer",
-        "pi0_engine.transforms",
-        "pi0_engine.engine",
-    ],
-    [
-        "pi0_engine.policy",
-        "pi0_engine.benchmark",
-        "pi0_engine.continuation",
-        "pi0_engine.demo",
-        "pi0_engine.op_calls",
-        "pi0_engine.plots",
-        "pi0_engine.profiling",
-        "pi0_engine.recording",
-        "pi0_engine.timing",
-        "pi0_engine.tuning",
-    ],
-    [
-        "pi0_engine.client",
-        "pi0_engine.commands",
-        "pi0_engine.cli",
-        "pi0_engine.serving",
-        "pi0_engine.integrations",
-        "pi0_engine.__main__",
-    ],
-]
-
-#: Only these project modules may be imported by those (prefixes on both sides; the first that matches a module counts).
-ALLOWED = {
-    "pi0_engine.config": (),
-    "pi0_engine.parameters": ("pi0_engine.config",),
-    "pi0_engine.inputs": ("pi0_engine.config", "pi0_engine.images"),
-    "pi0_engine.rtc": (),
+#: Folder or module -> what of the project it may import, wherever in it: folders, or modules of one. Itself always.
+ROOMS = {
+    "config": (),
+    "torch_needed": (),
+    "images": ("_C",),
+    "inputs": ("config", "images"),
+    "checkpoints": ("config",),
+    "text": ("config", "checkpoints.folder"),
+    "robots": ("config", "images", "inputs", "text", "checkpoints.folder"),
+    "rtc": ("config", "robots"),
     # The oracle shares no code with what it judges.
-    "pi0_engine.reference": ("pi0_engine.config", "pi0_engine.reference"),
-    "pi0_engine.kernels": ("pi0_engine.config", "pi0_engine.kernels", "pi0_engine._C"),
-    "pi0_engine.engine": (
-        "pi0_engine.config",
-        "pi0_engine.parameters",
-        "pi0_engine.inputs",
-        "pi0_engine.images",
-        "pi0_engine.frames",
-        "pi0_engine.kernels",
-        "pi0_engine.engine",
+    "reference": ("config",),
+    "kernels": ("config", "_C"),
+    "engine": ("config", "images", "inputs", "rtc.guidance", "checkpoints.parameters", "kernels"),
+    "policy": ("config", "torch_needed", "inputs", "text", "robots", "rtc", "checkpoints", "engine"),
+    "model_options": ("config", "torch_needed", "text", "robots", "rtc", "checkpoints", "engine", "policy"),
+    "recording": ("robots", "rtc", "policy"),
+    "serving": ("config", "inputs", "robots", "rtc", "policy", "model_options", "recording"),
+    "client": ("config", "inputs", "text", "robots", "rtc", "policy", "serving.wire"),
+    "measuring": (
+        *("config", "images", "inputs", "text", "robots", "reference", "checkpoints", "kernels", "engine", "policy"),
+        "serving",
     ),
+    "demo": (
+        *("config", "text", "robots", "rtc", "reference", "checkpoints", "engine", "policy"),
+        "measuring",
+    ),
+    "integrations": ("config", "inputs", "rtc", "checkpoints", "engine"),
+    "commands": (
+        *("config", "torch_needed", "images", "text", "robots", "rtc", "reference", "checkpoints", "kernels", "engine"),
+        *("policy", "model_options", "recording", "serving", "client", "measuring", "demo"),
+    ),
+    "cli": ("torch_needed", "commands"),
 }
+
+#: Of a robot's computer: numpy arrays, no torch. Nothing that is imported with these imports torch or Triton.
+WITHOUT_TORCH = (
+    *("config", "torch_needed", "images", "inputs", "text", "robots", "rtc", "policy", "model_options", "recording"),
+    *("serving", "client", "commands", "cli", "checkpoints.folder"),
+)
+#: Of them, what starts an engine: torch is imported in its functions, where it is needed.
+STARTS_AN_ENGINE = ("policy", "model_options", "torch_needed", "commands")
 
 #: Imported inside functions only, with an error that names the extra.
 OPTIONAL = (
@@ -130,7 +106,8 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path, *, top_level: bool) -> set[str]:
+@functools.cache
+def imports(path: Path, *, top_level: bool) -> frozenset[str]:
     """Full names that a file imports: at import time only, or anywhere in it. ``if TYPE_CHECKING`` does not count."""
     found: set[str] = set()
 
@@ -150,18 +127,20 @@ def imports(path: Path, *, top_level: bool) -> set[str]:
             visit(child)
 
     visit(ast.parse(path.read_text()))
-    return found
+    return frozenset(found)
 
 
-def within(module: str, prefix: str) -> bool:
-    """``pi0_engine.robots`` is within ``pi0_engine.robot``: a prefix stands for a family of files."""
-    return module.startswith(prefix)
+def within(name: str, place: str) -> bool:
+    """Whether a module is that one, or in that folder; both without the package's name."""
+    return name == place or name.startswith(f"{place}.")
 
 
-def layer(module: str) -> int:
-    matches = [(len(p), level) for level, prefixes in enumerate(LAYERS) for p in prefixes if within(module, p)]
-    assert matches, f"{module} is in no layer: add it to LAYERS in {__file__}"
-    return max(matches)[1]
+def short(module: str) -> str:
+    return module.removeprefix("pi0_engine.")
+
+
+def room(module: str) -> str:
+    return short(module).partition(".")[0]
 
 
 def project_imports(module: str, *, top_level: bool = False) -> set[str]:
@@ -170,23 +149,86 @@ def project_imports(module: str, *, top_level: bool = False) -> set[str]:
 
 
 def test_there_are_modules() -> None:
-    assert {"pi0_engine", "pi0_engine.reference", "pi0_engine.engine.runtime", "pi0_engine.kernels.gemm"} <= set(
+    assert {"pi0_engine", "pi0_engine.reference.model", "pi0_engine.engine.runtime", "pi0_engine.kernels.gemm"} <= set(
         MODULES
     )
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "pi0_engine"])
-def test_imports_go_down(module: str) -> None:
-    upward = {name for name in project_imports(module) if name != "pi0_engine" and layer(name) > layer(module)}
-    assert not upward, f"{module} imports from above: {sorted(upward)}"
+def test_a_module_imports_what_its_room_may(module: str) -> None:
+    assert room(module) in ROOMS, f"{module} is in no room: say in {__file__} what it may import"
+    allowed = (room(module), *ROOMS[room(module)])
+    extra = {
+        name
+        for name in project_imports(module)
+        if name != "pi0_engine" and not any(within(short(name), place) for place in allowed)
+    }
+    assert not extra, f"{module} may import {allowed}, not {sorted(extra)}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_the_core_imports_only_what_it_may(module: str) -> None:
-    rule = next((rule for rule in ALLOWED if within(module, rule)), None)
-    if rule is not None:
-        extra = {name for name in project_imports(module) if not any(within(name, p) for p in ALLOWED[rule])}
-        assert not extra, f"{module} may import {ALLOWED[rule]}, not {sorted(extra)}"
+def test_every_room_is_there() -> None:
+    assert set(ROOMS) == {room(module) for module in MODULES if module != "pi0_engine"}
+
+
+def test_rooms_are_in_no_circle() -> None:
+    """Each names only rooms above it in the table, so that there is an order; functions' imports count too."""
+    seen = {"_C"}
+    for name, allowed in ROOMS.items():
+        below = {place.partition(".")[0] for place in allowed}
+        assert below <= seen, f"{name} may import {sorted(below - seen)}, which come after it"
+        seen.add(name)
+
+
+def loaded_with(module: str) -> set[str]:
+    """The project's modules that are imported with this one, packages of packages too."""
+    found, waiting = set[str](), [module]
+    while waiting:
+        name = waiting.pop()
+        parents = {name.rpartition(".")[0]} - {""}
+        if name not in found:
+            found.add(name)
+            waiting += (project_imports(name, top_level=True) & set(MODULES)) | (parents & set(MODULES))
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if any(within(short(name), w) for w in WITHOUT_TORCH)])
+def test_a_robots_side_imports_no_torch(module: str) -> None:
+    torch = {name for name in loaded_with(module) if torch_in(name, top_level=True)}
+    assert not torch, f"{module} imports torch, by {sorted(torch)}"
+    if not any(within(short(module), place) for place in STARTS_AN_ENGINE):
+        assert not torch_in(module, top_level=False), f"{module} imports torch in a function"
+
+
+def torch_in(module: str, *, top_level: bool) -> set[str]:
+    named = {name.partition(".")[0] for name in imports(MODULES[module], top_level=top_level)}
+    return named & {"torch", "triton"}
+
+
+def test_the_rule_for_torch_can_fail() -> None:
+    assert torch_in("pi0_engine.engine.runtime", top_level=True) == {"torch"}
+    assert "pi0_engine.engine.plan" in loaded_with("pi0_engine.engine.runtime")
+    assert torch_in("pi0_engine.torch_needed", top_level=False) and not torch_in(
+        "pi0_engine.torch_needed", top_level=True
+    )
+
+
+def test_the_house_has_rooms() -> None:
+    """What everybody meets first is on the ground floor; all else is in a folder of its kind."""
+    ground = [name for name in MODULES if name.count(".") == 1 and MODULES[name].name != "__init__.py"]
+    assert len(ground) <= 12, ground
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py"))], ids=str)
+def test_files_are_short(path: Path) -> None:
+    """A module is one idea. Tests of one idea may be longer."""
+    limit = 600 if path.is_relative_to(ROOT / "tests") else 400
+    assert len(path.read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize("package", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_a_room_says_what_it_is(package: str) -> None:
+    said = ast.get_docstring(ast.parse(MODULES[package].read_text()))
+    assert said and "TODO" not in said
 
 
 def test_nothing_imports_in_a_circle() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pi0_engine.torch_needed import torch_needed
+
 if TYPE_CHECKING:
-    from pi0_engine.checkpoint import open_checkpoint
+    from pi0_engine.checkpoints.checkpoint import open_checkpoint
     from pi0_engine.config import EngineConfig, Pi0Config
     from pi0_engine.engine.runtime import Engine
     from pi0_engine.inputs import ModelInputs
@@ -21,14 +23,15 @@ _HOME = {
     "ModelInputs": "pi0_engine.inputs",
     "Pi0Config": "pi0_engine.config",
     "Pi0Policy": "pi0_engine.policy",
-    "open_checkpoint": "pi0_engine.checkpoint",
+    "open_checkpoint": "pi0_engine.checkpoints.checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    with torch_needed(f"pi0_engine.{name}"):
+        value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value  # from now on an ordinary attribute
     return value
 

@@ -21,6 +21,7 @@ from pi0_engine.commands.serve import Serve
 from pi0_engine.commands.simulate import Simulate
 from pi0_engine.commands.tune import Tune
 from pi0_engine.commands.verify import Verify
+from pi0_engine.torch_needed import MissingTorch, torch_needed
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -49,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     try:
-        return int(command.run())
-    except (ValueError, MemoryError) as error:
+        with torch_needed(f"pi0-engine {type(command).__name__.lower()}"):
+            return int(command.run())
+    except (ValueError, MemoryError, MissingTorch) as error:
         print(f"pi0-engine: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

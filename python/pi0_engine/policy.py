@@ -7,30 +7,74 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
-from pi0_engine.checkpoint import Checkpoint, open_checkpoint
 from pi0_engine.config import EngineConfig, Pi0Config
-from pi0_engine.continuation import check_mode, continue_chunks
-from pi0_engine.engine.guidance import check_guidable
-from pi0_engine.engine.runtime import Engine
-from pi0_engine.normalization import NormStats, load_norm_stats
-from pi0_engine.observation import Observation as ReadObservation
-from pi0_engine.observation import ObservationError
-from pi0_engine.robots import Robot, get_robot
-from pi0_engine.rtc import Leftover, RtcConfig
-from pi0_engine.tokenizer import load_tokenizer
-from pi0_engine.tokenizer_files import find_tokenizer
-from pi0_engine.transforms import ObservationTransform
+from pi0_engine.inputs import ModelInputs
+from pi0_engine.robots.declaration import Robot
+from pi0_engine.robots.files import get_robot
+from pi0_engine.robots.norm_stats import load_norm_stats
+from pi0_engine.robots.normalization import NormStats
+from pi0_engine.robots.observation import Observation as ReadObservation
+from pi0_engine.robots.observation import ObservationError
+from pi0_engine.robots.transforms import ObservationTransform
+from pi0_engine.rtc.continuation import check_mode, continue_chunks
+from pi0_engine.rtc.guidance import Continuation, check_guidable
+from pi0_engine.rtc.schedule import Leftover, RtcConfig
+from pi0_engine.text.files import find_tokenizer
+from pi0_engine.text.tokenizer import load_tokenizer
+from pi0_engine.torch_needed import torch_needed
+
+if TYPE_CHECKING:
+    from pi0_engine.checkpoints.checkpoint import Checkpoint
 
 Observation = Mapping[str, Any]
 
 #: Guided, with lerobot's numbers.
 DEFAULT_RTC = RtcConfig()
+
+
+class Inferred(Protocol):
+    """What an engine answers: actions float32 [B, samples, H, action_dim], normalised, and the seconds of each part."""
+
+    @property
+    def actions(self) -> Any: ...
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
+
+class ChunkEngine(Protocol):
+    """What a policy asks of an engine: :class:`pi0_engine.engine.runtime.Engine`, or whatever else draws chunks."""
+
+    config: Pi0Config
+    engine_config: EngineConfig
+
+    def infer(
+        self,
+        inputs: ModelInputs,
+        noise: NDArray[np.float32],
+        *,
+        num_steps: int | None = None,
+        continuation: Continuation | None = None,
+    ) -> Inferred: ...
+
+    def warm_up(
+        self,
+        *,
+        views: int,
+        samples: int = 1,
+        horizon: int | None = None,
+        per_token_time: bool = False,
+        progress: bool = False,
+    ) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What decides what it computes and how it rounds, as JSON values; for recordings."""
+        ...
 
 
 class SubtaskPlanner:
@@ -78,14 +122,14 @@ class Pi0Policy:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ChunkEngine,
         transform: ObservationTransform,
         *,
         subtask: SubtaskPlanner | None = None,
         seed: int | None = None,
         rtc: RtcConfig = DEFAULT_RTC,
     ) -> None:
-        check_mode(rtc, engine)
+        check_mode(rtc, engine.config)
         self.engine, self.transform, self.subtask, self.rtc = engine, transform, subtask, rtc
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
@@ -124,10 +168,14 @@ class Pi0Policy:
         Raises:
             ValueError: anything missing, unexpected or inconsistent, named.
         """
-        if isinstance(source, Checkpoint):
-            checkpoint = source
-        else:
+        with torch_needed("Pi0Policy.from_checkpoint"):
+            from pi0_engine.checkpoints.checkpoint import open_checkpoint
+            from pi0_engine.engine.runtime import Engine
+
+        if isinstance(source, (str, Path)):
             checkpoint = open_checkpoint(source, config=config, revision=revision)
+        else:
+            checkpoint = source
         transform = load_transform(
             checkpoint, robot, config=config, tokenizer=tokenizer, norm_stats=norm_stats, asset_id=asset_id
         )
@@ -228,7 +276,7 @@ class Pi0Policy:
         with self._lock:  # the engine's buffers serve one inference at a time
             result = self.engine.infer(inputs, start, num_steps=num_steps, continuation=continuation)
         computed = time.perf_counter()
-        actions = self.transform.finish(result.actions.numpy(), context)
+        actions = self.transform.finish(result.actions, context)
         if num_samples == 1:
             actions = actions[:, 0]
         state = context.robot_state.astype(np.float32)
@@ -243,15 +291,14 @@ class Pi0Policy:
             "rtc": used[0] if single else used,
         }
 
-    def _noise(self, noise: ArrayLike | None, seed: int | None, batch: int, num_samples: int) -> torch.Tensor:
+    def _noise(self, noise: ArrayLike | None, seed: int | None, batch: int, num_samples: int) -> NDArray[np.float32]:
         """float32 [B, samples, H, action_dim], given or drawn."""
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         width = self.config.action_dim
         if noise is None:
             rng = self._rng if seed is None else np.random.default_rng(seed)
-            drawn = rng.standard_normal((batch, num_samples, self.config.action_horizon, width), dtype=np.float32)
-            return torch.from_numpy(drawn)
+            return rng.standard_normal((batch, num_samples, self.config.action_horizon, width), dtype=np.float32)
         if seed is not None:
             raise ValueError("both noise and seed are given, expected at most one")
         given: NDArray[np.float32] = np.array(noise, dtype=np.float32)
@@ -261,7 +308,7 @@ class Pi0Policy:
                 f"noise has shape {list(given.shape)}, expected [{batch}, {num_samples}, horizon, {width}] "
                 "(leading axes of length 1 may be left out)"
             )
-        return torch.from_numpy(shaped)
+        return shaped
 
 
 def _per_observation(

@@ -15,8 +15,8 @@ from lerobot.policies.pi05 import PI05Config, PI05Policy, modeling_pi05
 from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma, PiGemmaForCausalLM
 from transformers import GemmaConfig, PaliGemmaConfig
 
-from pi0_engine.checkpoint_names import normalize_key
-from pi0_engine.random_weights import random_parameter
+from pi0_engine.checkpoints.names import normalize_key
+from pi0_engine.checkpoints.random_weights import random_parameter
 
 IMAGES = "observation.images"
 VISION = {

@@ -13,11 +13,11 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.pi0 import PI0Config, PI0Policy
 from lerobot.policies.pi05 import PI05Config, PI05Policy
-from small_policies import IMAGES, random_batch, small_options, small_policy, worst
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pi0_engine.config import EngineConfig, Pi0Config
 from pi0_engine.integrations.lerobot import LiveCheckpoint, accelerate, model_config, restore, sampler_of
+from tests.lerobot.small_policies import IMAGES, random_batch, small_options, small_policy, worst
 
 KINDS = ["pi0", "pi05"]
 TOLERANCE = 1e-4

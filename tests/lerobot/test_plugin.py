@@ -16,10 +16,10 @@ from lerobot.policies.factory import get_policy_class, make_policy, make_policy_
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot_policy_pi0_engine.__main__ import link_checkpoint
 from safetensors.torch import load_file, save_file
-from small_policies import IMAGES, random_batch, small_options, small_policy, small_sizes, worst
 
-from checkpoints import write_peft
 from pi0_engine.integrations.lerobot import sampler_of
+from tests.lerobot.small_policies import IMAGES, random_batch, small_options, small_policy, small_sizes, worst
+from tests.support.checkpoints import write_peft
 
 KINDS = ["pi0", "pi05"]
 TOLERANCE = 1e-4

@@ -11,11 +11,11 @@ import torch
 from lerobot.configs import RTCAttentionSchedule
 from lerobot.policies.rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from small_policies import random_batch, small_policy, worst
 
 from pi0_engine.integrations.lerobot import accelerate
 from pi0_engine.integrations.lerobot_sampler import guide_of
-from pi0_engine.rtc import prefix_weights
+from pi0_engine.rtc.schedule import prefix_weights
+from tests.lerobot.small_policies import random_batch, small_policy, worst
 
 SCHEDULES = list(RTCAttentionSchedule)
 #: (inference_delay, steps left over, execution_horizon or None): also none left, a delay beyond what is left, and all.

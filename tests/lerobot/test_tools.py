@@ -20,7 +20,8 @@ from lerobot.policies.rtc import RTCConfig
 from lerobot.rollout.inference.rtc import RTCInferenceEngine, supports_rtc_inference
 from lerobot.scripts import lerobot_eval
 from lerobot_policy_pi0_engine.__main__ import link_checkpoint
-from small_policies import IMAGES, small_policy, small_sizes, worst
+
+from tests.lerobot.small_policies import IMAGES, small_policy, small_sizes, worst
 
 JOINTS = 6
 STATISTICS = {

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pi0_engine.hub import resolve_source
+from pi0_engine.checkpoints.hub import resolve_source
 
 TYPES = {"pi0": "pi0_engine", "pi05": "pi05_engine"}
 

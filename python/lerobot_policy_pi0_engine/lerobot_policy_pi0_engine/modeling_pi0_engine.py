@@ -14,7 +14,7 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from torch import Tensor
 
 from lerobot_policy_pi0_engine.configuration_pi0_engine import PI0EngineConfig, PI05EngineConfig
-from pi0_engine.checkpoint import open_checkpoint
+from pi0_engine.checkpoints.checkpoint import open_checkpoint
 from pi0_engine.config import EngineConfig
 from pi0_engine.integrations.lerobot import install, model_config, release_weights
 

@@ -1,4 +1,7 @@
-"""What runs beside the robot: a client of the policy server, and a control loop that never waits for a policy."""
+"""What runs beside the robot: a client of the policy server, and a control loop that never waits for a policy.
+
+In: observations at the robot's rate, chunks at the network's. Out: an action for every control step. No torch.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pi0_engine.client.schedule import Chunk, Schedule
 from pi0_engine.client.statistics import Statistics
-from pi0_engine.rtc import DelayEstimator
+from pi0_engine.rtc.schedule import DelayEstimator
 
 logger = logging.getLogger(__name__)
 

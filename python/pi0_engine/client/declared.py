@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0_engine.client.connection import PolicyClient
-from pi0_engine.guards import largest_steps
-from pi0_engine.robots import Robot
+from pi0_engine.robots.declaration import Robot
+from pi0_engine.robots.guards import largest_steps
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,34 @@
-"""What a simulation is made of: two arms that see nothing new, and a small π0 that changes its mind all the time."""
+"""What a simulation is made of: two arms that see nothing new, and a policy that changes its mind all the time.
+
+The policy is a real :class:`Pi0Policy` but for its network, which stands still: so a robot's computer without torch can
+simulate too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
-from pi0_engine.normalization import Normalizer, NormStats
+from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig, SolverName
+from pi0_engine.inputs import ModelInputs
 from pi0_engine.policy import Pi0Policy
-from pi0_engine.random_weights import RandomCheckpoint
-from pi0_engine.robots import Robot, get_robot
-from pi0_engine.rtc import Leftover, RtcConfig
-from pi0_engine.tokenizer_files import demo_tokenizer
+from pi0_engine.robots.declaration import Robot
+from pi0_engine.robots.files import get_robot
+from pi0_engine.robots.normalization import Normalizer, NormStats
+from pi0_engine.robots.transforms import ObservationTransform
+from pi0_engine.rtc.guidance import Continuation, FixedPrefix, Guide, check_guidable, guidance_weight
+from pi0_engine.rtc.schedule import Leftover, RtcConfig
+from pi0_engine.text.files import demo_tokenizer
+from pi0_engine.text.tokenizer import load_tokenizer
 
 #: Standard deviation of an action of the model's in a joint's units: rad.
 _SPREAD = 0.2
-#: Runs in milliseconds: its chunks mean nothing, but come from the same code as any other's.
+#: Of what the observation becomes; nothing computes with it.
 MODEL = Pi0Config(
     "pi0",
     vision=SiglipConfig(width=48, depth=2, num_heads=2, mlp_dim=96, image_size=28),
@@ -31,11 +39,59 @@ MODEL = Pi0Config(
 )
 
 
-class NoisyPolicy:
-    """A π0 of random weights whose chunks look like motions.
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Actions float32 [B, samples, H, action_dim], normalised; nothing is timed."""
 
-    Such a chunk is mostly the noise that it starts from. Noise that is smooth over the chunk gives smooth motions, a
-    new one with every inference: the worst case of a policy that changes its mind, which is what makes seams.
+    actions: NDArray[np.float32]
+    seconds: dict[str, float]
+
+
+class StillEngine:
+    """The flow of a network whose velocity is 0: a chunk is the noise that it starts from.
+
+    Unless it continues another. It is pulled towards that one then, by the same steps as any engine's.
+    """
+
+    def __init__(self, config: Pi0Config, solver: SolverName = "euler") -> None:
+        self.config, self.engine_config = config, EngineConfig(dtype="float32", solver=solver)
+
+    def infer(
+        self,
+        inputs: ModelInputs,
+        noise: NDArray[np.float32],
+        *,
+        num_steps: int | None = None,
+        continuation: Continuation | None = None,
+    ) -> Drawn:
+        inputs.validate(self.config)
+        steps = self.config.num_steps if num_steps is None else num_steps
+        if isinstance(continuation, Guide):
+            check_guidable(self.engine_config.solver)
+        if continuation is not None:
+            continuation.validate(self.config, inputs.batch, noise.shape[2], steps)
+        x = noise.astype(np.float32)
+        if isinstance(continuation, Guide):
+            previous, weights = continuation.previous[:, None], continuation.weights[:, None, :, None]
+            for step in range(steps):
+                pull = min(guidance_weight(1 - step / steps), continuation.max_weight)
+                x += np.float32(pull / steps) * weights * (previous - x)
+        elif isinstance(continuation, FixedPrefix):
+            x = np.where(continuation.given()[:, None, :, None], continuation.previous[:, None], x)
+        return Drawn(x, {})
+
+    def warm_up(self, **sizes: Any) -> None:
+        """There is nothing to make ready."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "none", "dtype": "float32"}
+
+
+class NoisyPolicy:
+    """A policy whose chunks look like motions.
+
+    A chunk is the noise that it starts from. Noise that is smooth over the chunk gives smooth motions, a new one with
+    every inference: the worst case of a policy that changes its mind, which is what makes seams.
     """
 
     def __init__(self, policy: Pi0Policy, seed: int) -> None:
@@ -85,16 +141,16 @@ def two_arms() -> Robot:
     return dataclasses.replace(get_robot("aloha_sim"), state_maps=(), action_maps=(), action_horizon={})
 
 
-@functools.lru_cache(maxsize=2)
-def small_policy(rtc: RtcConfig) -> Pi0Policy:
-    dims = two_arms().action_dim
-    return Pi0Policy.from_checkpoint(
-        RandomCheckpoint(MODEL, seed=0),
-        robot=two_arms(),
-        engine=EngineConfig(dtype="float32"),
-        tokenizer=demo_tokenizer(),
-        norm_stats=NormStats(
+def still_policy(rtc: RtcConfig) -> Pi0Policy:
+    """Between the two arms and a network that stands still."""
+    robot = two_arms()
+    dims = robot.action_dim
+    transform = ObservationTransform(
+        robot=robot,
+        stats=NormStats(
             Normalizer.identity(), Normalizer.zscore(np.zeros(dims), np.full(dims, _SPREAD)), "of the simulation"
         ),
-        rtc=rtc,
+        tokenizer=load_tokenizer(demo_tokenizer(), MODEL),
+        config=MODEL,
     )
+    return Pi0Policy(StillEngine(MODEL), transform, rtc=rtc)

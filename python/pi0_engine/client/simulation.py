@@ -1,4 +1,4 @@
-"""What latency does to a robot's motion: control loops in virtual time, around a real policy of random weights.
+"""What latency does to a robot's motion: control loops in virtual time, around a policy without a network.
 
 Nobody sleeps and nothing is timed: an inference takes as long as the network that is being simulated says. So a run
 depends on its seed alone.
@@ -6,20 +6,17 @@ depends on its seed alone.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pi0_engine.client.control import Answer, ChunkControl, Request
 from pi0_engine.client.errors import ConnectionLost
-from pi0_engine.client.simulated import MODEL, NoisyPolicy, SimulatedRobot, small_policy, two_arms
+from pi0_engine.client.simulated import MODEL, NoisyPolicy, SimulatedRobot, still_policy, two_arms
 from pi0_engine.client.sources import LocalSource
-from pi0_engine.rtc import RtcConfig
+from pi0_engine.rtc.schedule import RtcConfig
 
 Strategy = Literal["synchronous", "asynchronous", "real-time chunking"]
 
@@ -164,12 +161,11 @@ def simulate(strategy: Strategy, conditions: Conditions) -> Run:
     action on. ``asynchronous``: :class:`ChunkRunner`'s loop, chunks by time stamp. ``real-time chunking``: the same,
     and each chunk continues the one before.
     """
-    policy = NoisyPolicy(small_policy(conditions.rtc), conditions.seed)
+    policy = NoisyPolicy(still_policy(conditions.rtc), conditions.seed)
     robot = SimulatedRobot()
-    with _one_thread():
-        if strategy == "synchronous":
-            return _synchronous(conditions, policy, robot)
-        return _asynchronous(conditions, LocalSource(policy, rtc=strategy == "real-time chunking"), robot)
+    if strategy == "synchronous":
+        return _synchronous(conditions, policy, robot)
+    return _asynchronous(conditions, LocalSource(policy, rtc=strategy == "real-time chunking"), robot)
 
 
 def _synchronous(conditions: Conditions, policy: NoisyPolicy, robot: SimulatedRobot) -> Run:
@@ -228,17 +224,6 @@ def _asynchronous(conditions: Conditions, source: LocalSource, robot: SimulatedR
         stale = now - observed_at > len(step.chunk) / conditions.control_hz + 1e-9
         sent.append(Sent(robot.act(step.action), False, number, late_s, stale))
     return Run.of(sent, control.statistics.requests)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """So small a model is slower on several threads; beside another program that is busy, many times so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _times(conditions: Conditions) -> list[float]:

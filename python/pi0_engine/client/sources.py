@@ -11,8 +11,8 @@ from pi0_engine.client.connection import PolicyClient
 from pi0_engine.client.control import Answer, Request
 from pi0_engine.client.declared import robot_of
 from pi0_engine.client.errors import ConnectionLost
-from pi0_engine.guards import check, check_age
-from pi0_engine.rtc import Leftover
+from pi0_engine.robots.guards import check, check_age
+from pi0_engine.rtc.schedule import Leftover
 
 logger = logging.getLogger(__name__)
 

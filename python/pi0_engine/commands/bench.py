@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pi0_engine.benchmark import Baseline, Workload, run_benchmark
 from pi0_engine.commands.options import Attention, Backend, Dtype, Solver, print_json, show_progress, table
 from pi0_engine.config import EngineConfig, Pi0Config
 
@@ -46,7 +45,7 @@ class Bench:
     """On a GPU: replay one graph. Without it (--no-cuda-graph) every stage is timed by itself."""
     launch_configs: str | None = None
     """Launch configurations that `pi0-engine tune` wrote, instead of those shipped."""
-    baseline: Baseline | None = None
+    baseline: Literal["reference", "unwidened"] | None = None
     """Also time the plain PyTorch reference, which computes every camera slot and all padding; or, on a CPU, this
     engine in bfloat16 by the processor's own instructions, even where widening the weights to float32 is faster."""
     layers: bool = False
@@ -72,6 +71,8 @@ class Bench:
         )
         if self.layers:
             return self._layers(config, engine)
+        from pi0_engine.measuring.benchmark import Workload, run_benchmark
+
         work = Workload(
             config,
             views=self.views,
@@ -101,7 +102,7 @@ class Bench:
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"--layers knows no {options}: it takes the sizes and the flow steps of --config")
-        from pi0_engine.serving.latency import measure_shells
+        from pi0_engine.measuring.serving_layers import measure_shells
 
         report = measure_shells(
             config,
@@ -166,7 +167,7 @@ def _text(report: dict[str, Any]) -> str:
 
 
 def _plot(report: dict[str, Any], path: str) -> None:
-    from pi0_engine.plots import plot_stages
+    from pi0_engine.measuring.plots import plot_stages
 
     timed = {stage: row for stage, row in report["engine"].items() if "floor_ms" in row}
     series = {

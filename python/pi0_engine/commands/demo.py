@@ -5,26 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 
-from pi0_engine.cases import Difference, sample_reference
 from pi0_engine.commands.options import Backend, Dtype, table
 from pi0_engine.config import EngineConfig
 from pi0_engine.demo.collect import FIRST_UNSEEN_SEED
 from pi0_engine.demo.film import Film
 from pi0_engine.demo.outputs import check_writable
-from pi0_engine.demo.policies import ReferencePolicy, load_policy, load_reference
 from pi0_engine.demo.recorded import recorded_observation
 from pi0_engine.demo.rollout import Episode, Execution, Look, run_episode
 from pi0_engine.demo.scene import CAMERAS, CONTROL_HZ, Scene, load_simulator
 from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.plots import plot_chunk, require_matplotlib
+from pi0_engine.measuring.plots import plot_chunk, require_matplotlib
 from pi0_engine.policy import Pi0Policy
+
+if TYPE_CHECKING:
+    from pi0_engine.demo.policies import ReferencePolicy
 
 #: Candidate chunks in the plot.
 _SAMPLES = 4
@@ -54,6 +54,8 @@ class Demo:
     """Where the film goes (.gif or .mp4); the plot of the first chunk goes beside it, as .png."""
 
     def run(self) -> int:
+        from pi0_engine.demo.policies import load_policy, load_reference
+
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         task, prompt = find_instruction(self.prompt)
@@ -67,8 +69,8 @@ class Demo:
         reference = load_reference(checkpoint)
         policy.warm_up()
         print(f'instruction  "{prompt}" (task {task}, scene {self.seed})')
-        engine = policy.engine
-        print(f"engine       {str(engine.dtype).removeprefix('torch.')} on {engine.device}\n")
+        engine = policy.engine.describe()
+        print(f"engine       {engine['dtype']} on {engine['device']}\n")
         try:
             load_simulator()
         except ValueError as error:
@@ -107,13 +109,14 @@ class Demo:
     def _show_first_chunk(
         self, policy: Pi0Policy, reference: ReferencePolicy, observation: dict[str, Any], plot: Path
     ) -> None:
+        from pi0_engine.engine.arrays import as_tensor
+        from pi0_engine.measuring.cases import Difference, sample_reference
+
         inputs, _ = policy.transform.prepare(observation)
         config = policy.config
         rng = np.random.default_rng(self.seed)
-        noise = torch.from_numpy(
-            rng.standard_normal((1, 1, config.action_horizon, config.action_dim), dtype=np.float32)
-        )
-        expected = sample_reference(reference.model, inputs, noise[0], config.num_steps)
+        noise = rng.standard_normal((1, 1, config.action_horizon, config.action_dim), dtype=np.float32)
+        expected = sample_reference(reference.model, inputs, as_tensor(noise[0]), config.num_steps)
         difference = Difference.between(policy.engine.infer(inputs, noise).actions[0], expected)
         print(f"parity       relative L2 {difference.rel_l2:.1e} against the float32 reference, first chunk")
         actions = policy.infer(observation, seed=self.seed, num_samples=_SAMPLES)["actions"]

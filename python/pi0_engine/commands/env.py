@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pi0_engine.commands.options import Backend, Dtype, print_json
-from pi0_engine.engine.choices import resolve_device, resolve_dtype
-from pi0_engine.images import FramePreprocessor
-from pi0_engine.kernels.gemm import cpu_products
-from pi0_engine.kernels.gpu.configs import configs_for
-from pi0_engine.kernels.gpu.launch import Launcher
-from pi0_engine.kernels.registry import select_ops
+from pi0_engine.images.resize import FramePreprocessor
+from pi0_engine.torch_needed import WHERE_TORCH_IS, has_torch
+
+if TYPE_CHECKING:
+    import torch
+
+    from pi0_engine.kernels.gpu.launch import Launcher
 
 _OPTIONAL = {
     "triton": "gpu",
@@ -54,36 +53,63 @@ class Env:
         return 0
 
     def _report(self) -> dict[str, dict[str, Any]]:
-        device = resolve_device(self.device)
-        dtype, why = resolve_dtype(self.dtype, device)
-        frames, ops = FramePreprocessor(), select_ops(self.backend, device)
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        frames = FramePreprocessor()
+        running: dict[str, dict[str, Any]] = {}
+        if not has_torch():
+            threads, gpus = os.cpu_count(), "unknown: torch, which would see them, is not installed"
+            running["engine"] = {"device": f"none: an engine needs torch ({WHERE_TORCH_IS})"}
+        else:
+            import torch
+
+            threads = torch.get_num_threads()
+            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            gpus = ", ".join(names) or f"none that torch {torch.__version__} sees"
+            running = self._running()
+        running["engine"]["frames"] = f"{frames.implementation}: {frames.reason}"
         return {
             "versions": {
-                "pi0-engine": importlib.metadata.version("pi0-engine"),
+                "pi0-engine": _version("pi0-engine"),
                 "python": f"{platform.python_version()} ({sys.executable})",
-                "torch": torch.__version__,
-                "numpy": importlib.metadata.version("numpy"),
+                "torch": (has_torch() and _version("torch")) or f"not installed ({WHERE_TORCH_IS})",
+                "numpy": _version("numpy"),
             },
-            "machine": {
-                "system": platform.platform(),
-                "threads": torch.get_num_threads(),
-                "GPUs": ", ".join(gpus) or f"none that torch {torch.__version__} sees",
+            "machine": {"system": platform.platform(), "threads": threads, "GPUs": gpus},
+            **running,
+            "optional packages": {
+                name: _version(name) or f"not installed (pip install 'pi0-engine[{extra}]')"
+                for name, extra in _OPTIONAL.items()
             },
+        }
+
+    def _running(self) -> dict[str, dict[str, Any]]:
+        """What an engine would do here."""
+        from pi0_engine.engine.choices import resolve_device, resolve_dtype
+        from pi0_engine.kernels.availability import unsafe_triton
+        from pi0_engine.kernels.gpu.target import target_of
+        from pi0_engine.kernels.registry import select_ops
+
+        device = resolve_device(self.device)
+        dtype, why = resolve_dtype(self.dtype, device)
+        ops = select_ops(self.backend, device)
+        unsafe = unsafe_triton(target_of(device).arch if device.type == "cuda" else None)
+        return {
             "engine": {
                 "device": str(device),
                 "dtype": f"{str(dtype).removeprefix('torch.')}: {why}",
                 "matrix products": _matrix_products(dtype, device),
                 "launch configurations": _launch_configs(ops.launcher),
-                "frames": f"{frames.implementation}: {frames.reason}",
+                **({"Triton": unsafe} if unsafe else {}),
             },
             "ops": {choice.op: f"{choice.implementation}: {choice.reason}" for choice in ops.choices},
-            "optional packages": {name: _installed(name, extra) for name, extra in _OPTIONAL.items()},
         }
 
 
 def _matrix_products(dtype: torch.dtype, device: torch.device) -> str:
     """In what bfloat16 is multiplied, and how fast a CPU multiplies it in which way."""
+    import torch
+
+    from pi0_engine.kernels.gemm import cpu_products
+
     if device.type != "cpu" or dtype != torch.bfloat16:
         return "in the dtype"
     products = cpu_products()
@@ -95,13 +121,15 @@ def _launch_configs(launcher: Launcher | None) -> str:
     """For which GPU generation the tile sizes were made, which may be another than the one at hand."""
     if launcher is None:
         return "none needed: no kernel of ours runs here"
+    from pi0_engine.kernels.gpu.configs import configs_for
+
     _, listed = configs_for(launcher.target.arch)
     found = f"of sm_{listed}"
     return found if listed == launcher.target.arch else f"{found}, the nearest to sm_{launcher.target.arch}"
 
 
-def _installed(name: str, extra: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed (pip install 'pi0-engine[{extra}]')"
+        return None

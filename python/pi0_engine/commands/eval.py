@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from pi0_engine.benchmark import describe_machine
 from pi0_engine.commands.options import Dtype, Solver, print_json, show_progress, table
-from pi0_engine.demo.evaluate import Backend, Setting, evaluate, summarize
 from pi0_engine.demo.rollout import Execution
 from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
@@ -33,7 +29,7 @@ class Eval:
     """Which scenes."""
     checkpoint: str | None = None
     """Of this robot; the one that is shipped where not given."""
-    backend: Backend = "auto"
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
     """'reference' is the plain PyTorch model in float32; the others are implementations of the engine."""
     device: str = "cpu"
     dtype: Dtype = "auto"
@@ -53,6 +49,8 @@ class Eval:
     """Print one JSON object instead of a table."""
 
     def run(self) -> int:
+        from pi0_engine.demo.evaluate import Setting, evaluate, summarize
+
         execution = Execution(execute=self.execute, latency=self.latency, rtc=self.rtc, num_steps=self.num_steps)
         setting = Setting(
             backend=self.backend, device=self.device, dtype=self.dtype, solver=self.solver, execution=execution
@@ -69,6 +67,10 @@ class Eval:
         )[""]
         summary = summarize(outcomes)
         if self.json:
+            import torch
+
+            from pi0_engine.engine.machine import describe_machine
+
             machine = describe_machine(torch.device(self.device))
             print_json({"setting": asdict(setting), "seed": self.seed, "machine": machine, **summary})
         else:

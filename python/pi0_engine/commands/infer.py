@@ -10,10 +10,12 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pi0_engine.commands.options import Backend, Dtype, ModelOptions, Solver, print_json, show_progress, table
+from pi0_engine.commands.options import Backend, Dtype, Solver, print_json, show_progress, table
 from pi0_engine.config import EngineConfig
+from pi0_engine.model_options import ModelOptions
 from pi0_engine.policy import Pi0Policy
-from pi0_engine.robots import Camera, Robot, get_robot
+from pi0_engine.robots.declaration import Camera, Robot
+from pi0_engine.robots.files import get_robot
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Infer:
         if self.output:
             np.save(self.output, actions)
         if self.plot:
-            from pi0_engine.plots import plot_chunk
+            from pi0_engine.measuring.plots import plot_chunk
 
             frames = {c.key: _upright(observation[c.key], c) for c in robot.cameras if c.key in observation}
             plot_chunk(self.plot, actions, f"{robot.name}: {self.prompt or robot.prompt}", frames)

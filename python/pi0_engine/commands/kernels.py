@@ -6,18 +6,15 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pi0_engine.commands.options import print_json, show_progress, table
 from pi0_engine.config import Pi0Config
-from pi0_engine.engine import trace
-from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
-from pi0_engine.kernels.gpu.cross_compile import Outcome, compile_all, instance_key, triton_version, why_not
-from pi0_engine.kernels.gpu.launch import Launch
-from pi0_engine.kernels.gpu.target import TARGETS, Target, parse_target
-from pi0_engine.kernels.registry import all_ops
+
+if TYPE_CHECKING:
+    from pi0_engine.kernels.gpu.cross_compile import Outcome
+    from pi0_engine.kernels.gpu.launch import Launch
+    from pi0_engine.kernels.gpu.target import Target
 
 #: The inferences that are compiled: so many present cameras, an instruction of so many tokens.
 VIEWS = (1, 2, 3)
@@ -47,6 +44,9 @@ class Kernels:
     """Print one JSON object instead of text."""
 
     def run(self) -> int:
+        from pi0_engine.kernels.gpu.cross_compile import compile_all, triton_version
+        from pi0_engine.kernels.registry import all_ops
+
         version = triton_version()
         targets, left_out = self._targets()
         rows = [row for target in targets for row in self._instances(target)]
@@ -72,6 +72,9 @@ class Kernels:
 
     def _targets(self) -> tuple[list[Target], dict[str, str]]:
         """The targets to compile for, and why others are left out. One that was asked for by name is not."""
+        from pi0_engine.kernels.gpu.cross_compile import why_not
+        from pi0_engine.kernels.gpu.target import TARGETS, parse_target
+
         names = dict.fromkeys(name.strip() for name in self.target.split(",")) if self.target else ()
         named = [parse_target(name) for name in names]
         refused = {f"sm_{target.arch}": why for target in named or TARGETS.values() if (why := why_not(target))}
@@ -81,6 +84,8 @@ class Kernels:
 
     def _instances(self, target: Target) -> list[_Row]:
         """Every distinct instance that the models' inferences launch, in the order of the first launch."""
+        from pi0_engine.kernels.gpu.cross_compile import instance_key
+
         rows: dict[str, _Row] = {}
         for where, launch in self._launches(target):
             row = rows.setdefault(instance_key(launch, target), _Row(target, launch, {}))
@@ -88,6 +93,11 @@ class Kernels:
         return list(rows.values())
 
     def _launches(self, target: Target) -> Iterator[tuple[str, Launch]]:
+        import torch
+
+        from pi0_engine.engine import trace
+        from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
+
         for name in self.config:
             config = Pi0Config.load(name)
             prompt = min(PROMPT_TOKENS, config.token_capacity)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from pi0_engine.benchmark import Workload
-from pi0_engine.commands.options import Backend, Dtype, ModelOptions, Solver, print_json, show_progress, table
+from pi0_engine.commands.options import Backend, Dtype, Solver, print_json, show_progress, table
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.choices import resolve_device, resolve_dtype
-from pi0_engine.engine.graph import summarize
-from pi0_engine.engine.runtime import Engine
-from pi0_engine.profiling import plan_of, profile, write_trace
+from pi0_engine.model_options import ModelOptions
+
+if TYPE_CHECKING:
+    from pi0_engine.engine.runtime import Engine
+    from pi0_engine.measuring.benchmark import Workload
 
 #: What the columns cannot say for themselves.
 _ON_CPU = "ms: all calls of an op as they ran, each call's median over the runs."
@@ -67,6 +67,9 @@ class Profile:
     def run(self) -> int:
         if self.graph_dot and self.device != "cuda":
             raise ValueError(f"--graph-dot writes a CUDA graph, and --device {self.device} has none: use --device cuda")
+        from pi0_engine.engine.graph import summarize
+        from pi0_engine.measuring.profiling import plan_of, profile, write_trace
+
         engine, work = self._engine()
         report = profile(engine, work, runs=self.runs, progress=show_progress(self.json))
         if self.trace:
@@ -84,6 +87,10 @@ class Profile:
         return 0
 
     def _engine(self) -> tuple[Engine, Workload]:
+        from pi0_engine.engine.choices import resolve_device, resolve_dtype
+        from pi0_engine.engine.runtime import Engine
+        from pi0_engine.measuring.benchmark import Workload
+
         dtype, _ = resolve_dtype(self.dtype, resolve_device(self.device))
         checkpoint = self.model.open(dtype=dtype)
         config = checkpoint.config
@@ -156,7 +163,7 @@ def _graph_text(graph: dict[str, Any]) -> str:
 
 
 def _plot(report: dict[str, Any], path: str) -> None:
-    from pi0_engine.plots import plot_roofline
+    from pi0_engine.measuring.plots import plot_roofline
 
     work: dict[tuple[str, str], list[float]] = {}
     for op in report["ops"]:

@@ -16,25 +16,25 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pi0_engine.commands.options import Backend, Dtype, ModelOptions, print_json, show_progress, table
+from pi0_engine.commands.options import Backend, Dtype, print_json, show_progress, table
 from pi0_engine.config import EngineConfig, Pi0Config
-from pi0_engine.guards import check
-from pi0_engine.normalization import NormStats
+from pi0_engine.model_options import ModelOptions
 from pi0_engine.policy import Pi0Policy
-from pi0_engine.recording import describe_engine
-from pi0_engine.recording_files import Record, Recording
-from pi0_engine.recording_view import RerunFile
-from pi0_engine.robot_files import parse_robot
-from pi0_engine.robots import Robot, get_robot
-from pi0_engine.rtc import RtcConfig
-from pi0_engine.tokenizer_files import demo_tokenizer
+from pi0_engine.recording.files import Record, Recording
+from pi0_engine.recording.view import RerunFile
+from pi0_engine.robots.declaration import Robot
+from pi0_engine.robots.files import get_robot, parse_robot
+from pi0_engine.robots.guards import check
+from pi0_engine.robots.normalization import NormStats
+from pi0_engine.rtc.schedule import RtcConfig
+from pi0_engine.text.files import demo_tokenizer
 
 #: Rows of the table: all records up to so many, else the worst ones.
 _ROWS = 20
 
 
 def default_tolerance(recorded: dict[str, Any], now: dict[str, Any]) -> tuple[float, str]:
-    """Accepted relative L2 between two engines as :func:`describe_engine` describes them, and why.
+    """Accepted relative L2 between two engines as :meth:`Engine.describe` describes them, and why.
 
     The same arithmetic on the same machine repeats to the bit, and 1e-6 leaves room for a library that does not.
     float32 anywhere agrees to 2e-5, the bound of `pi0-engine verify`. Anything else is two roundings of one result,
@@ -95,7 +95,7 @@ class Replay:
             rows = self._compare(recording, policy, view)
         for skipped in recording.skipped:
             print(f"pi0-engine: skipped {skipped}", file=sys.stderr)
-        tolerance, why = default_tolerance(_map(metadata, "engine"), describe_engine(policy.engine))
+        tolerance, why = default_tolerance(_map(metadata, "engine"), policy.engine.describe())
         if self.tolerance is not None:
             tolerance, why = self.tolerance, "as given"
         compared = [row for row in rows if "unanswered" not in row]

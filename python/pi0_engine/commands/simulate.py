@@ -8,7 +8,7 @@ from typing import Literal
 
 from pi0_engine.client.simulation import Conditions, Run, Strategy, simulate
 from pi0_engine.commands.options import print_json, table
-from pi0_engine.rtc import RtcConfig, Schedule
+from pi0_engine.rtc.schedule import RtcConfig, Schedule
 
 #: Seconds that the picture shows: of a whole run the seams would lie too close.
 _SHOWN_S = 4.0
@@ -28,7 +28,7 @@ _COLUMNS = {
 class Simulate:
     """Compare control loops under latency, jitter and lost answers, in simulated time.
 
-    Three loops execute the chunks of a small π0 of random weights, each starting from other noise: one that waits for
+    Three loops execute chunks that change completely from one to the next, the worst case: one that waits for
     every chunk, one that computes the next chunk in the background, and the same with real-time chunking. The table
     tells for each: control steps without an action; at how many seams the next chunk took over, and by how much the
     command of any joint jumped there (rad); the largest change from one control step to the next anywhere; how much
@@ -89,7 +89,7 @@ class Simulate:
         return int(any(run.stale for run in runs.values()))
 
     def _draw(self, path: str, runs: dict[Strategy, Run]) -> None:
-        from pi0_engine.plots import plot_seams
+        from pi0_engine.measuring.plots import plot_seams
 
         steps = round(min(self.seconds, _SHOWN_S) * self.control_hz)
         shown = {
@@ -103,7 +103,7 @@ class Simulate:
         }
         title = (
             f"{self.control_hz:g} Hz, latency {self.latency_ms:g} ± {self.jitter_ms:g} ms, "
-            f"{self.drop:.0%} of answers lost; a π0 of random weights"
+            f"{self.drop:.0%} of answers lost; another motion with every chunk"
         )
         plot_seams(path, shown, 1 / self.control_hz, title)
 

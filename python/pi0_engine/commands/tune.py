@@ -6,17 +6,15 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pi0_engine.commands.options import print_json, show_progress, table
 from pi0_engine.config import Pi0Config
-from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
-from pi0_engine.kernels.gpu.configs import LaunchConfigs, configs_for
-from pi0_engine.kernels.gpu.target import target_of
-from pi0_engine.tuning import Outcome, measured_rules, merge_rules, tune
-from pi0_engine.tuning_cases import Case, find_cases
+
+if TYPE_CHECKING:
+    from pi0_engine.engine.plan import ShapePlan
+    from pi0_engine.measuring.tuning.cases import Case
+    from pi0_engine.measuring.tuning.search import Outcome
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,13 @@ class Tune:
     """Print one JSON object instead of a table."""
 
     def run(self) -> int:
+        import torch
+
+        from pi0_engine.kernels.gpu.configs import LaunchConfigs, configs_for
+        from pi0_engine.kernels.gpu.target import target_of
+        from pi0_engine.measuring.tuning.cases import find_cases
+        from pi0_engine.measuring.tuning.search import measured_rules, merge_rules, tune
+
         if self.candidates < 1 or not self.budget_seconds > 0:
             raise ValueError(
                 f"candidates is {self.candidates} and budget seconds {self.budget_seconds}: expected more than 0"
@@ -102,6 +107,8 @@ class Tune:
         return 0
 
     def _workload(self) -> tuple[Pi0Config, list[ShapePlan]]:
+        from pi0_engine.engine.plan import GPU_PROMPT_BUCKET, ShapePlan
+
         config = Pi0Config.load(self.config)
         plans = [
             ShapePlan.of(

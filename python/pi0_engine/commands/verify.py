@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
-from pi0_engine.cases import Case, Difference, load_case, sample_reference
-from pi0_engine.checkpoint import Checkpoint
-from pi0_engine.commands.options import ModelOptions, print_json, show_progress
+from pi0_engine.commands.options import print_json, show_progress
 from pi0_engine.config import EngineConfig
-from pi0_engine.engine.choices import resolve_device
-from pi0_engine.engine.runtime import Engine
-from pi0_engine.reference import Pi0Reference
+from pi0_engine.model_options import ModelOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from pi0_engine.checkpoints.checkpoint import Checkpoint
+    from pi0_engine.measuring.cases import Case
 
 #: Relative L2 against openpi's float32 actions. float32: ours and openpi's JAX model are within 9e-6 of its PyTorch
 #: model, and 2e-5 still shows a structural mistake. bfloat16: openpi's own mode, RoPE kept exact, is off by 0.0053 to
@@ -48,6 +49,8 @@ class Verify:
     """Print one JSON object instead of text."""
 
     def run(self) -> int:
+        from pi0_engine.measuring.cases import Difference, load_case
+
         case = load_case(self.case)
         checkpoint = self.model.open(fallback_config=case.config)
         started = time.perf_counter()
@@ -80,7 +83,15 @@ class Verify:
 
     def _actions(self, case: Case, checkpoint: Checkpoint) -> tuple[torch.Tensor, float]:
         """Actions float32 [B, H, A] and the seconds that the inference took, without loading."""
+        from pi0_engine.engine.runtime import Engine
+
         if self.backend == "reference":
+            import torch
+
+            from pi0_engine.engine.choices import resolve_device
+            from pi0_engine.measuring.cases import sample_reference
+            from pi0_engine.reference.model import Pi0Reference
+
             case.inputs.validate(checkpoint.config)
             dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
             model = Pi0Reference.from_tensors(checkpoint.config, checkpoint.tensor, dtype)

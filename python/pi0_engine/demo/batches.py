@@ -13,7 +13,7 @@ from pi0_engine.demo.dataset import Demonstrations
 from pi0_engine.demo.model import normalizer
 from pi0_engine.demo.objective import Batch
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.tokenizer import load_tokenizer
+from pi0_engine.text.tokenizer import load_tokenizer
 
 
 class Batches:

@@ -21,7 +21,7 @@ from pi0_engine.demo.rollout import ChunkPolicy, Episode, Execution, run_episode
 from pi0_engine.demo.scene import Scene, load_simulator
 from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS, get_task
-from pi0_engine.engine.guidance import check_guidable
+from pi0_engine.rtc.guidance import check_guidable
 
 Backend = Literal["auto", "torch", "triton", "reference"]
 #: Task -> its episodes, in the order of their seeds.

@@ -23,7 +23,7 @@ from pi0_engine.demo.outputs import check_writable
 from pi0_engine.demo.policies import load_policy
 from pi0_engine.demo.scene import PILLAR_CENTRE, PILLAR_HALF, Scene
 from pi0_engine.demo.shipped import CHECKPOINT
-from pi0_engine.plots import new_figure, require_matplotlib
+from pi0_engine.measuring.plots import new_figure, require_matplotlib
 
 _MOST_STEPS = 160
 #: Behind the pillar, in metres from the robot: the hand's fingers are clear of it.

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pi0_engine.checkpoint_names import openpi_name
+from pi0_engine.checkpoints.names import openpi_name
 from pi0_engine.config import GemmaConfig, Pi0Config, SiglipConfig
 from pi0_engine.demo.make_tokenizer import VOCABULARY
 from pi0_engine.demo.scene import FRAME_SIZE
-from pi0_engine.normalization import Normalizer
-from pi0_engine.reference import Pi0Reference
+from pi0_engine.reference.model import Pi0Reference
+from pi0_engine.robots.normalization import Normalizer
 
 #: 64 patches of 8 x 8 pixels per camera: 1.5 cm of the table to a pixel, 12 to a patch.
 CONFIG = Pi0Config(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pi0_engine.reference import Pi0Reference
+from pi0_engine.reference.model import Pi0Reference
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def flow_matching_loss(model: Pi0Reference, batch: Batch, noise: Tensor, time: T
 
     Args:
         noise: float32 [B, K, H, action_dim].
-        time: float32 [B, K], drawn with :func:`pi0_engine.reference.sample_training_time`.
+        time: float32 [B, K], drawn with :func:`pi0_engine.reference.model.sample_training_time`.
     """
     draws = noise.shape[1]
     prefix, pad = model.embed_prefix(batch.images, batch.image_masks, batch.tokens, batch.token_mask)

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pi0_engine.cases import sample_reference
-from pi0_engine.checkpoint import open_checkpoint
+from pi0_engine.checkpoints.checkpoint import open_checkpoint
 from pi0_engine.config import EngineConfig, Pi0Config, SolverName
 from pi0_engine.demo.shipped import CHECKPOINT
+from pi0_engine.measuring.cases import sample_reference
 from pi0_engine.policy import Pi0Policy, load_transform
-from pi0_engine.reference import Pi0Reference
-from pi0_engine.rtc import Leftover
-from pi0_engine.transforms import ObservationTransform
+from pi0_engine.reference.model import Pi0Reference
+from pi0_engine.robots.transforms import ObservationTransform
+from pi0_engine.rtc.schedule import Leftover
 
 ROBOT = "metaworld"
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from pi0_engine.benchmark import describe_machine
 from pi0_engine.demo.evaluate import Setting, evaluate, summarize
 from pi0_engine.demo.language import swap_instructions
 from pi0_engine.demo.rollout import Execution
 from pi0_engine.demo.shipped import CHECKPOINT
 from pi0_engine.demo.tasks import TASKS
-from pi0_engine.plots import new_figure, require_matplotlib
+from pi0_engine.engine.machine import describe_machine
+from pi0_engine.measuring.plots import new_figure, require_matplotlib
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pi0_engine.config import Pi0Config
 from pi0_engine.demo.scene import ACTION_DIM, Scene
-from pi0_engine.rtc import Leftover
+from pi0_engine.rtc.schedule import Leftover
 
 #: An episode that has not succeeded by then has failed. The experts need 30 to 130 control steps.
 MOST_STEPS = 200

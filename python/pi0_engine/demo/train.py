@@ -23,8 +23,8 @@ from pi0_engine.demo.make_tokenizer import make_tokenizer
 from pi0_engine.demo.model import CONFIG, initialized, save_checkpoint
 from pi0_engine.demo.objective import flow_matching_loss
 from pi0_engine.demo.training_state import TrainingState
-from pi0_engine.plots import new_figure, require_matplotlib
-from pi0_engine.reference import sample_training_time
+from pi0_engine.measuring.plots import new_figure, require_matplotlib
+from pi0_engine.reference.model import sample_training_time
 
 #: Steps between two lines of the log.
 _LOG_EVERY = 20

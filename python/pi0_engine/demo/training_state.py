@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pi0_engine.reference import Pi0Reference
+from pi0_engine.reference.model import Pi0Reference
 
 #: AdamW, as openpi trains π0: moments, decay, and the largest norm of a step's gradient.
 _BETAS, _DECAY, _MOST_NORM = (0.9, 0.95), 1e-2, 1.0

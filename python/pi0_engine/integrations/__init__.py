@@ -1,1 +1,4 @@
-"""Our engine inside other people's robot software. Each module needs that software, and nothing else imports it."""
+"""This engine inside other people's programs (docs/lerobot.md).
+
+In: their policy, loaded. Out: the same policy, its sampling done by our engine.
+"""

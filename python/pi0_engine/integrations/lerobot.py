@@ -15,9 +15,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from pi0_engine.checkpoint import Checkpoint
-from pi0_engine.checkpoint_safetensors import name_tensors
-from pi0_engine.checkpoint_stored import StoredTensor
+from pi0_engine.checkpoints.checkpoint import Checkpoint
+from pi0_engine.checkpoints.safetensors_files import name_tensors
+from pi0_engine.checkpoints.stored import StoredTensor
 from pi0_engine.config import EngineConfig, GemmaConfig, Pi0Config, SiglipConfig
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.integrations.lerobot_sampler import Pi0Sampler, Pi05Sampler, Sampler

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pi0_engine.engine.guidance import Guide
 from pi0_engine.engine.runtime import Engine
 from pi0_engine.inputs import ModelInputs
-from pi0_engine.rtc import prefix_weights
+from pi0_engine.rtc.guidance import Guide
+from pi0_engine.rtc.schedule import prefix_weights
 
 
 class Sampler:
@@ -166,12 +167,12 @@ def guide_of(
             f"prev_chunk_left_over is {list(given.shape)}, expected at most [{batch}, {horizon}, {width}], "
             "the first axis may be left out"
         )
-    previous = torch.zeros(shape)
-    previous[:, : left.shape[1], : left.shape[2]] = left
+    previous = np.zeros(shape, np.float32)
+    previous[:, : left.shape[1], : left.shape[2]] = left.numpy()
     end = rtc_config.execution_horizon if execution_horizon is None else execution_horizon
     schedule = rtc_config.prefix_attention_schedule.value.lower()
-    weights = torch.from_numpy(prefix_weights(schedule, inference_delay, min(end, left.shape[1]), horizon))
-    return Guide(previous, weights.expand(batch, horizon), float(rtc_config.max_guidance_weight))
+    weights = prefix_weights(schedule, inference_delay, min(end, left.shape[1]), horizon)
+    return Guide(previous, np.tile(weights, (batch, 1)), float(rtc_config.max_guidance_weight))
 
 
 def _check_no_debugging(rtc_config: Any) -> None:
@@ -191,9 +192,9 @@ def _inputs(
         state = torch.zeros(tokens.shape[0], action_dim)
     pixels = torch.stack([image.detach().to("cpu", torch.float32).permute(0, 2, 3, 1) for image in images], dim=1)
     return ModelInputs(
-        images=pixels.contiguous(),
-        image_masks=torch.stack([mask.to("cpu", torch.bool) for mask in img_masks], dim=1),
-        tokens=tokens.to("cpu", torch.int64),
-        token_mask=token_mask.to("cpu", torch.bool),
-        state=state.detach().to("cpu", torch.float32),
+        images=pixels.contiguous().numpy(),
+        image_masks=torch.stack([mask.to("cpu", torch.bool) for mask in img_masks], dim=1).numpy(),
+        tokens=tokens.to("cpu", torch.int64).numpy(),
+        token_mask=token_mask.to("cpu", torch.bool).numpy(),
+        state=state.detach().to("cpu", torch.float32).numpy(),
     )

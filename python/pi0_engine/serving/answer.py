@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pi0_engine.guards import GuardReport, GuardViolation, check, check_age
 from pi0_engine.inputs import NotFiniteError
-from pi0_engine.observation import ObservationError
 from pi0_engine.policy import Pi0Policy
-from pi0_engine.recording import Recorder
-from pi0_engine.recording_files import Record
-from pi0_engine.rtc import Leftover
+from pi0_engine.recording.files import Record
+from pi0_engine.recording.recorder import Recorder
+from pi0_engine.robots.guards import GuardReport, GuardViolation, check, check_age
+from pi0_engine.robots.observation import ObservationError
+from pi0_engine.rtc.schedule import Leftover
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.metrics import Metrics
 from pi0_engine.serving.queue import Job
@@ -140,7 +140,7 @@ class Responder:
         if delay is None:
             if session.delay is None:
                 why = f"robot {self._robot.name!r} declares no control_hz to count the latency in"
-                raise Refusal("bad_request", f"pi0_engine.rtc.delay is missing, and {why}")
+                raise Refusal("bad_request", f"pi0_engine.rtc.schedule.delay is missing, and {why}")
             delay = session.delay.delay()
         return Leftover(chunk[asked.executed :], delay), None
 

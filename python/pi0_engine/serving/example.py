@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0_engine.robots import Robot
+from pi0_engine.robots.declaration import Robot
 
 
 def example_observation(robot: Robot, *, side: int = 224, seed: int | None = None) -> dict[str, Any]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+from pi0_engine.policy import Pi0Policy
+from pi0_engine.serving.access import Keys
+from pi0_engine.serving.service import ServiceOptions
+
+#: Ray's proxies are uvicorn's with its default limit, and Ray has no option for it: bytes.
+PROXY_LIMIT = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,37 @@ class FleetOptions:
 
 def _default(name: str) -> Any:
     return FleetOptions.__dataclass_fields__[name].default
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """What a replica is made of. Goes to other processes and machines: it must be picklable.
+
+    Attributes:
+        load: makes the policy, in the replica.
+        service: as of a server without Ray; ``max_sessions`` and ``max_waiting`` are those of each replica.
+        keys: who may connect.
+        max_message_mb, drain_s: as of a server without Ray.
+        device: of the engine: ``cpu`` or ``cuda``.
+        verbose: log every refused message.
+    """
+
+    load: Callable[[], Pi0Policy]
+    service: ServiceOptions
+    keys: Keys
+    max_message_mb: float
+    drain_s: float
+    device: str
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}, expected 'cpu' or 'cuda': Ray gives each replica its GPU")
+        if self.max_message_mb * 1e6 > PROXY_LIMIT:
+            raise ValueError(
+                f"--max-message-mb is {self.max_message_mb}, expected at most {PROXY_LIMIT / 1e6:.3f} with --ray: "
+                "larger messages do not pass Ray's proxy"
+            )
 
 
 def merge_expositions(replicas: Mapping[str, bytes]) -> tuple[str, bytes]:

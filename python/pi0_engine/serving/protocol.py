@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from pi0_engine.observation import Observation, read_observation
-from pi0_engine.robots import Robot
+from pi0_engine.robots.declaration import Robot
+from pi0_engine.robots.observation import Observation, read_observation
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.wire import short, unpackb
 

@@ -12,55 +12,22 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from pi0_engine.policy import Pi0Policy
-from pi0_engine.serving.access import Keys
+import tyro
+
 from pi0_engine.serving.asgi import GOING_AWAY, Application, Receive, Send, lifespan
-from pi0_engine.serving.fleet import FleetOptions, merge_expositions
-from pi0_engine.serving.service import Service, ServiceOptions
+from pi0_engine.serving.fleet import FleetOptions, ReplicaOptions, merge_expositions
+from pi0_engine.serving.options import ServeOptions
+from pi0_engine.serving.service import Service
 
 log = logging.getLogger(__name__)
 
-#: Ray's proxies are uvicorn's with its default limit, and Ray has no option for it: bytes.
-PROXY_LIMIT = 16 * 2**20
 #: Beside the open sessions, a replica answers handshakes that it refuses, probes and metrics.
 _SPARE_REQUESTS = 32
 #: How long replicas may take to say how they are: seconds. Prometheus waits as long.
 _METRICS_S = 10.0
-
-
-@dataclass(frozen=True)
-class ReplicaOptions:
-    """What a replica is made of. Goes to other processes and machines: it must be picklable.
-
-    Attributes:
-        load: makes the policy, in the replica.
-        service: as of a server without Ray; ``max_sessions`` and ``max_waiting`` are those of each replica.
-        keys: who may connect.
-        max_message_mb, drain_s: as of a server without Ray.
-        device: of the engine: ``cpu`` or ``cuda``.
-        verbose: log every refused message.
-    """
-
-    load: Callable[[], Pi0Policy]
-    service: ServiceOptions
-    keys: Keys
-    max_message_mb: float
-    drain_s: float
-    device: str
-    verbose: bool = False
-
-    def __post_init__(self) -> None:
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"--device is {self.device!r}, expected 'cpu' or 'cuda': Ray gives each replica its GPU")
-        if self.max_message_mb * 1e6 > PROXY_LIMIT:
-            raise ValueError(
-                f"--max-message-mb is {self.max_message_mb}, expected at most {PROXY_LIMIT / 1e6:.3f} with --ray: "
-                "larger messages do not pass Ray's proxy"
-            )
 
 
 class Replica:
@@ -123,10 +90,6 @@ def app(args: Mapping[str, Any]) -> Any:
         ValueError: options that make no server, options that are Ray's to decide, or neither keys nor
             ``allow_unauthenticated``: where Ray listens is not known here.
     """
-    import tyro
-
-    from pi0_engine.commands.serve import Serve
-
     for name in ("ray", "host", "port", "tls_cert", "tls_key"):
         if name in args:
             raise ValueError(f"{name} is given: Ray decides it (http_options, docs/fleet.md)")
@@ -135,7 +98,7 @@ def app(args: Mapping[str, Any]) -> Any:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            command = tyro.cli(Serve, args=words, prog="ray_app:app", config=config)
+            command = tyro.cli(ServeOptions, args=words, prog="ray_app:app", config=config)
     except SystemExit as ended:
         raise ValueError(f"{dict(args)} are no options of a server:\n{told.getvalue()}") from ended
     if not (command.api_key_file or command.allow_unauthenticated):

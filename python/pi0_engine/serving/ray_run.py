@@ -16,8 +16,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pi0_engine.serving.fleet import FleetOptions
-from pi0_engine.serving.ray_app import ReplicaOptions, application, logging_options, ray_serve
+from pi0_engine.serving.fleet import FleetOptions, ReplicaOptions
+from pi0_engine.serving.ray_app import application, logging_options, ray_serve
 from pi0_engine.serving.server import ServerOptions
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pi0_engine.policy import Pi0Policy
-from pi0_engine.recording import Recorder
+from pi0_engine.recording.recorder import Recorder
 from pi0_engine.serving.answer import Responder
 from pi0_engine.serving.errors import Refusal
 from pi0_engine.serving.metrics import Metrics

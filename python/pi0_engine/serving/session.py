@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0_engine.rtc import DelayEstimator
+from pi0_engine.rtc.schedule import DelayEstimator
 
 #: Replies that may still be continued: the one in execution, and those that came while it was.
 _KEPT_CHUNKS = 4
