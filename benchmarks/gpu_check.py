@@ -14,6 +14,7 @@ import argparse
 import glob
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def main() -> int:
         print(flush=True)
         subprocess.run([PYTHON, command, str(output)], cwd=ROOT, check=False, timeout=60)
     table = summary(runner.outcomes)
+    unsafe = re.search(r"^UNSAFE: .*$", log.read_text(), re.MULTILINE)  # by environment.py
+    table += f"\n{unsafe[0]}" if unsafe else ""
     (output / "summary.txt").write_text(table + "\n")
     print(f"\nlog and results: {output}\n\n{table}")
     return 1 if any(outcome.failed for outcome in runner.outcomes) else 0

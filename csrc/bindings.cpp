@@ -1,5 +1,5 @@
 // The Python face of csrc/: argument types and memory safety, no arithmetic. Friendly errors are the caller's
-// (python/pi0_engine/images.py, frames.py, kernels/frames.py).
+// (python/pi0_engine/images/resize.py, pack.py, kernels/frames.py).
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -27,11 +27,9 @@ def unsafe_triton(arch: int | None = None, version: str | None = None) -> str | 
     what the copy has not written yet. Without ``arch`` the answer is for any GPU, without ``version`` for what is
     installed.
     """
+    version = version or _triton_version()
     if version is None:
-        try:
-            version = importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return None
     if (arch is not None and arch < _NEEDS_FENCES) or _numbers(version) >= _numbers(SAFE_TRITON):
         return None
     where = "on sm_90 and newer" if arch is None else f"on sm_{arch}"
@@ -39,6 +37,17 @@ def unsafe_triton(arch: int | None = None, version: str | None = None) -> str | 
         f"Triton {version} is unsafe {where}: it leaves out a fence between asynchronous copies and the matrix "
         f"products that read them, so that results may be wrong; expected {SAFE_TRITON} or newer"
     )
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        if find_spec("triton") is None:
+            return None
+        import triton  # of a distribution with another name, as nightly builds have
+
+        return str(triton.__version__)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,8 +16,12 @@ import torch
 from PIL import Image
 
 from pi0_engine.cli import main
+from pi0_engine.commands.bench import Bench
+from pi0_engine.commands.eval import Eval
+from pi0_engine.demo.evaluate import Backend as EvalBackend
 from pi0_engine.kernels import gemm
 from pi0_engine.measuring import benchmark
+from pi0_engine.measuring.benchmark import Baseline
 from tests.support.checkpoints import tiny_config, write_openpi
 from tests.support.golden import GOLDEN
 
@@ -246,3 +250,11 @@ def test_the_installed_script_and_every_help_page(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0 and len(capsys.readouterr().out) > 400
+
+
+def test_options_name_the_choices_that_there_are() -> None:
+    """Their modules need torch, so that a command's help cannot ask them."""
+    for command, option, choices in ((Bench, "baseline", get_args(Baseline)), (Eval, "backend", get_args(EvalBackend))):
+        annotation = get_type_hints(command)[option]
+        literals = [annotation] if get_origin(annotation) is Literal else get_args(annotation)
+        assert tuple(name for literal in literals for name in get_args(literal)) == choices

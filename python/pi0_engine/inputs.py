@@ -85,7 +85,9 @@ class ModelInputs:
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             if not isinstance(array, np.ndarray):
-                raise ValueError(f"{name} is a {type(array).__name__}, expected a numpy array of {np.dtype(dtype)}")
+                raise ValueError(
+                    f"{name} is of type {type(array).__name__}, expected a numpy array of {np.dtype(dtype)}"
+                )
             found = array.shape
             if len(found) == len(shape):
                 sizes = {**{letter: n for letter, n in zip(shape, found, strict=True) if n > 0}, **sizes}

@@ -41,7 +41,7 @@ class ModelOptions:
 
         ``dtype`` is that of random weights, float32 where not given.
         """
-        self._check()
+        self.check()
         with torch_needed("a model"):
             from pi0_engine.checkpoints.checkpoint import open_checkpoint
             from pi0_engine.checkpoints.random_weights import RandomCheckpoint
@@ -57,8 +57,8 @@ class ModelOptions:
         given = {} if dtype is None else {"dtype": dtype}
         return RandomCheckpoint(config, self.random_weights, **given)
 
-    def _check(self) -> None:
-        """Before torch is asked for: what was typed is wrong with it and without."""
+    def check(self) -> None:
+        """Raises ValueError for options that name no model, or two. Needs no torch."""
         if (self.checkpoint is None) == (self.random_weights is None):
             raise ValueError("expected exactly one of --checkpoint and --random-weights")
 
@@ -80,7 +80,7 @@ class ModelOptions:
             ValueError: what :meth:`Pi0Policy.from_checkpoint` says; without ``allow_unsafe_triton`` also a Triton whose
                 kernels may compute wrong numbers on this GPU.
         """
-        self._check()
+        self.check()
         if not allow_unsafe_triton:
             _refuse_unsafe_triton(engine)
         is_random = self.random_weights is not None

@@ -169,13 +169,13 @@ class Pi0Policy:
             ValueError: anything missing, unexpected or inconsistent, named.
         """
         with torch_needed("Pi0Policy.from_checkpoint"):
-            from pi0_engine.checkpoints.checkpoint import open_checkpoint
+            from pi0_engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
             from pi0_engine.engine.runtime import Engine
 
-        if isinstance(source, (str, Path)):
-            checkpoint = open_checkpoint(source, config=config, revision=revision)
-        else:
+        if isinstance(source, Checkpoint):
             checkpoint = source
+        else:
+            checkpoint = open_checkpoint(source, config=config, revision=revision)
         transform = load_transform(
             checkpoint, robot, config=config, tokenizer=tokenizer, norm_stats=norm_stats, asset_id=asset_id
         )

@@ -33,10 +33,22 @@ def torch_needed(what: str) -> Iterator[None]:
         raise MissingTorch(f"{what} needs torch, which is not installed: {WHERE_TORCH_IS}", name="torch") from error
 
 
-def has_torch() -> bool:
-    """Whether torch can be imported here."""
+def why_no_torch() -> str | None:
+    """Why torch cannot be imported here, and what to do; None if it can."""
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
-        return False
-    return True
+        return f"not installed ({WHERE_TORCH_IS})"
+    except (ImportError, OSError) as error:  # a library of it is missing, or of another machine
+        return f"installed, but it cannot be imported: {error}"
+    return None
+
+
+def has_torch() -> bool:
+    return why_no_torch() is None
+
+
+def require_torch(what: str) -> None:
+    """Before anything is begun. Raises MissingTorch."""
+    with torch_needed(what):
+        import torch  # noqa: F401

@@ -201,7 +201,7 @@ def test_a_single_step_is_not_pulled_too_far() -> None:
         ({"weights": zeros(1, 4)}, r"weights is float32 \[1, 4\], expected float32 \[1, 5\]"),
         ({"weights": zeros(1, 5) + np.float32(1.5)}, "weights are not all between 0 and 1"),
         ({"weights": zeros(1, 5) - np.float32(0.5)}, "weights are not all between 0 and 1"),
-        ({"previous": torch.zeros(1, 5, 7)}, "previous is a Tensor, expected a numpy array of float32"),
+        ({"previous": torch.zeros(1, 5, 7)}, "previous is of type Tensor, expected a numpy array of float32"),
         ({"max_weight": 0.0}, r"max_weight is 0\.0, expected a positive number"),
         ({"max_weight": float("inf")}, "max_weight is inf"),
     ],

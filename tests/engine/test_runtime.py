@@ -87,6 +87,18 @@ def test_inputs_are_looked_at_where_they_are() -> None:
         assert as_tensor(given).data_ptr() != given.ctypes.data
     tensor = torch.ones(2)
     assert as_tensor(tensor) is tensor
+    records = np.zeros(3, [("a", "<f4"), ("b", "i1")])
+    for given in (records["a"], np.arange(3, dtype=">f4")):
+        np.testing.assert_array_equal(as_tensor(given).numpy(), given)
+
+
+@pytest.mark.parametrize(
+    ("noise", "given"),
+    [([[0.0]], "list"), (np.array(["a"]), "<U1"), (np.zeros(2, np.longdouble), "float128"), (None, "NoneType")],
+)
+def test_noise_that_is_no_numbers_is_named(noise: Any, given: str) -> None:
+    with pytest.raises(ValueError, match=f"given is {given}.*expected numbers in a numpy array or a tensor"):
+        engine(PI0).infer(random_inputs(PI0), noise)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

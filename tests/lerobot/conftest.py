@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 _INSTALLED = any(distribution.name == "lerobot" for distribution in importlib.metadata.distributions())
 collect_ignore_glob = [] if _INSTALLED else ["*.py"]
@@ -19,6 +18,8 @@ collect_ignore_glob = [] if _INSTALLED else ["*.py"]
 _HUB = tempfile.TemporaryDirectory(prefix="pi0-engine-hub-")
 if _INSTALLED:  # elsewhere this file is read too, and must leave the other tests alone
     os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_HUB.name)  # before huggingface_hub is imported; children inherit it
+    import torch
+
     torch.set_num_threads(1)  # models this small lose by sharing
 
 

@@ -69,8 +69,9 @@ def test_a_guided_step_is_lerobots(schedule: RTCAttentionSchedule) -> None:
         guide = guide_of(config, (2, 16, 8), delay, leftover(steps), horizon)
         v = (x_t @ matrix).sin()
         bound = (time**2 + (1 - time) ** 2) / (time * (1 - time)) if time < 1 else float("inf")
-        pull = min(bound, guide.max_weight) * guide.weights[..., None]
-        assert worst(v - pull * (guide.previous - (x_t - time * v)), expected) <= 1e-5
+        weights, previous = torch.from_numpy(guide.weights), torch.from_numpy(guide.previous)
+        pull = min(bound, guide.max_weight) * weights[..., None]
+        assert worst(v - pull * (previous - (x_t - time * v)), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])

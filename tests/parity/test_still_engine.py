@@ -54,3 +54,8 @@ def test_what_the_real_engine_refuses_is_refused() -> None:
     engine, inputs, noise = StillEngine(config), random_inputs(config), random_noise(config).numpy()
     with pytest.raises(ValueError, match=r"previous is float32 \[1, 5, 7\], expected float32 \[1, 3, 7\]"):
         engine.infer(inputs, noise[:, :, :3], continuation=Guide(earlier(), np.ones((1, 5), np.float32), 1.0))
+    with pytest.raises(ValueError, match="num_steps is 0, expected at least 1"):
+        engine.infer(inputs, noise, num_steps=0)
+    for other in (noise[0], noise[..., :6], noise * np.float32(np.nan)):
+        with pytest.raises(ValueError, match=r"expected finite \[1, samples, horizon, 7\]"):
+            engine.infer(inputs, other)

@@ -284,3 +284,40 @@ def test_lerobot_files_that_lack_numbers_or_each_other_are_refused(tmp_path: Pat
     (tmp_path / "policy_postprocessor.json").unlink()
     with pytest.raises(ValueError, match=r"no policy_postprocessor\.json"):
         load_norm_stats(tmp_path, PI0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data"),
+    [
+        ("F64", np.array([1.5, 2.0, -3.0], "<f8").tobytes()),
+        ("F16", np.array([1.5, 2.0, -3.0], "<f2").tobytes()),
+        ("BF16", (np.array([1.5, 2.0, -3.0], "<f4").view("<u4") >> 16).astype("<u2").tobytes()),
+        ("I16", np.array([1, 2, -3], "<i2").tobytes()),
+        ("BOOL", np.array([True, False, True]).tobytes()),
+    ],
+)
+def test_statistics_of_every_type_are_read(dtype: str, data: bytes, tmp_path: Path) -> None:
+    """By hand, as a converter may write them: torch, which would read them all, is not asked."""
+    expected = {"I16": [1, 2, -3], "BOOL": [1, 0, 1]}.get(dtype, [1.5, 2.0, -3.0])
+    write_lerobot(tmp_path)
+    names = ("observation.state.mean", "observation.state.std")
+    deviations = np.ones(3, "<f4").tobytes()
+    header = {
+        names[0]: {"dtype": dtype, "shape": [3], "data_offsets": [0, len(data)]},
+        names[1]: {"dtype": "F32", "shape": [3], "data_offsets": [len(data), len(data) + len(deviations)]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / STATE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + data + deviations)
+    stats = load_norm_stats(tmp_path, PI0)
+    assert stats.state.offset.tolist() == expected
+
+
+def test_a_type_that_is_no_number_is_named(tmp_path: Path) -> None:
+    write_lerobot(tmp_path)
+    header = {"observation.state.mean": {"dtype": "F8_E4M3", "shape": [3], "data_offsets": [0, 3]}}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / STATE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(3))
+    with pytest.raises(ValueError, match=r"observation\.state\.mean is F8_E4M3, expected one of \['BF16', 'F64'"):
+        load_norm_stats(tmp_path, PI0)

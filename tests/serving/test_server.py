@@ -260,6 +260,18 @@ def test_without_a_delay_the_latency_of_the_session_counts() -> None:
         assert answer["rtc"]["used"] and 1 <= answer["rtc"]["delay"] <= 9  # milliseconds, and what is left of the chunk
 
 
+def test_without_a_rate_the_client_must_say_the_delay() -> None:
+    gated = Gated.make()
+    robot = dataclasses.replace(gated.transform.robot, control_hz=None)
+    object.__setattr__(gated.transform, "robot", robot)
+    with serving(lambda: gated) as running, connect(running.port) as connection:
+        ask(connection, **observation())
+        refused = ask(connection, **observation(), pi0_engine={"rtc": {"executed": 1}})
+        assert refused["code"] == "bad_request"
+        assert "pi0_engine.rtc.delay is missing, and robot 'libero' declares no control_hz" in refused["message"]
+        assert ask(connection, **observation(), pi0_engine={"rtc": {"executed": 1, "delay": 2}})["rtc"]["used"]
+
+
 def test_guards_act_on_the_whole_chunk_and_say_so() -> None:
     limits = tuple((-0.2, 0.2) for _ in range(7))
 

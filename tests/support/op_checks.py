@@ -9,8 +9,8 @@ from pi0_engine.kernels.stream import Scratch, Stream
 from tests.support.models import rel_l2
 
 #: Relative L2 against the formula in float64. A float32 sum of 600 products is off by 4.4e-7 in the worst order that
-#: there is, one after the other; a rounding to bfloat16 is 1.7e-3, and some follow each other. tests/test_bounds.py has
-#: both, and the mistakes that are beyond the bounds.
+#: there is, one after the other; a rounding to bfloat16 is 1.7e-3, and some follow each other. test_bounds.py beside
+#: this file has both, and the mistakes that are beyond the bounds.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 #: The meanings need no working memory.
 SCRATCH = Scratch.allocate(torch.device("cpu"), needed=False)

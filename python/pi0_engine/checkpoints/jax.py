@@ -211,7 +211,7 @@ class _Array:
 def read_orbax(directory: Path) -> StoredModel:
     """The model in an openpi JAX ``params`` directory, with its LoRA adapters merged.
 
-    Memory: one layer of an array at a time (see ``checkpoint_zarr``) when layers are asked for in ascending order, or
+    Memory: one layer of an array at a time (see ``zarr.py``) when layers are asked for in ascending order, or
     a few layers where several threads each ask for a layer of their own. Other orders only cost time.
 
     Raises:

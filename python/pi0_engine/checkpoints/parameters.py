@@ -1,6 +1,6 @@
 """Canonical parameter names and shapes: the one vocabulary of checkpoint, reference, engine and tests.
 
-A linear weight is [out, in]. openpi's and lerobot's names are translated in ``checkpoint.py``.
+A linear weight is [out, in]. openpi's and lerobot's names are translated in ``names.py``.
 """
 
 from __future__ import annotations

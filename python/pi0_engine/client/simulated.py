@@ -70,6 +70,15 @@ class StillEngine:
             check_guidable(self.engine_config.solver)
         if continuation is not None:
             continuation.validate(self.config, inputs.batch, noise.shape[2], steps)
+        if steps < 1:
+            raise ValueError(f"num_steps is {steps}, expected at least 1")
+        if (
+            noise.ndim != 4
+            or noise.shape[::3] != (inputs.batch, self.config.action_dim)
+            or not np.isfinite(noise).all()
+        ):
+            expected = f"finite [{inputs.batch}, samples, horizon, {self.config.action_dim}]"
+            raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}, expected {expected}")
         x = noise.astype(np.float32)
         if isinstance(continuation, Guide):
             previous, weights = continuation.previous[:, None], continuation.weights[:, None, :, None]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pi0_engine.commands.options import Backend, Dtype, print_json
 from pi0_engine.images.resize import FramePreprocessor
-from pi0_engine.torch_needed import WHERE_TORCH_IS, has_torch
+from pi0_engine.torch_needed import why_no_torch
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +55,14 @@ class Env:
     def _report(self) -> dict[str, dict[str, Any]]:
         frames = FramePreprocessor()
         running: dict[str, dict[str, Any]] = {}
-        if not has_torch():
-            threads, gpus = os.cpu_count(), "unknown: torch, which would see them, is not installed"
-            running["engine"] = {"device": f"none: an engine needs torch ({WHERE_TORCH_IS})"}
+        torch_version = why_no_torch()
+        if torch_version is not None:
+            threads, gpus = os.cpu_count(), "unknown: torch would see them"
+            running["engine"] = {"device": f"none: an engine needs torch, which is {torch_version}"}
         else:
             import torch
 
-            threads = torch.get_num_threads()
+            torch_version, threads = torch.__version__, torch.get_num_threads()
             names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
             gpus = ", ".join(names) or f"none that torch {torch.__version__} sees"
             running = self._running()
@@ -70,7 +71,7 @@ class Env:
             "versions": {
                 "pi0-engine": _version("pi0-engine"),
                 "python": f"{platform.python_version()} ({sys.executable})",
-                "torch": (has_torch() and _version("torch")) or f"not installed ({WHERE_TORCH_IS})",
+                "torch": torch_version,
                 "numpy": _version("numpy"),
             },
             "machine": {"system": platform.platform(), "threads": threads, "GPUs": gpus},
@@ -83,15 +84,14 @@ class Env:
 
     def _running(self) -> dict[str, dict[str, Any]]:
         """What an engine would do here."""
-        from pi0_engine.engine.choices import resolve_device, resolve_dtype
+        from pi0_engine.engine.choices import resolve_device, resolve_dtype, why_unsafe
         from pi0_engine.kernels.availability import unsafe_triton
-        from pi0_engine.kernels.gpu.target import target_of
         from pi0_engine.kernels.registry import select_ops
 
         device = resolve_device(self.device)
         dtype, why = resolve_dtype(self.dtype, device)
         ops = select_ops(self.backend, device)
-        unsafe = unsafe_triton(target_of(device).arch if device.type == "cuda" else None)
+        unsafe = why_unsafe(ops, device) if device.type == "cuda" else unsafe_triton()
         return {
             "engine": {
                 "device": str(device),

@@ -56,6 +56,7 @@ class Tune:
     def run(self) -> int:
         import torch
 
+        from pi0_engine.engine.machine import describe_machine
         from pi0_engine.kernels.gpu.configs import LaunchConfigs, configs_for
         from pi0_engine.kernels.gpu.target import target_of
         from pi0_engine.measuring.tuning.cases import find_cases
@@ -97,6 +98,7 @@ class Tune:
             "arch": target.arch,
             "started_from": self.launch_configs or f"sm_{listed}",
             "dtype": self.dtype,
+            "machine": describe_machine(device),
             "output": str(output),
             "cases": [describe(outcome) for outcome in outcomes],
         }

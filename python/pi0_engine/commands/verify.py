@@ -49,6 +49,8 @@ class Verify:
     """Print one JSON object instead of text."""
 
     def run(self) -> int:
+        from pi0_engine.engine.choices import resolve_device
+        from pi0_engine.engine.machine import describe_machine
         from pi0_engine.measuring.cases import Difference, load_case
 
         case = load_case(self.case)
@@ -69,6 +71,7 @@ class Verify:
             "load_seconds": time.perf_counter() - started - seconds,
             "tolerance": tolerance,
             "passed": passed,
+            "machine": describe_machine(resolve_device(self.device)),
         }
         if self.json:
             print_json(result)

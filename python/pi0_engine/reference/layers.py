@@ -1,6 +1,6 @@
 """The layers of the reference model: SigLIP's encoder, Gemma's decoder, and attention over one or two towers.
 
-Read ``reference.py`` first. Plain PyTorch, nothing fused; shapes as there.
+Read ``model.py`` first. Plain PyTorch, nothing fused; shapes as there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Guided sampling in plain autograd. ``jacobian="full"`` is the paper's correction
 whole network; ``"identity"`` leaves the network's Jacobian out, as lerobot does, and is what the engine computes.
 Sampling with a given prefix, for models trained with one, needs no gradient: its tokens are at flow time 0.
 
-Shape letters as in ``reference.py``; all tensors float32, actions in network units.
+Shape letters as in ``model.py``; all tensors float32, actions in network units.
 """
 
 from __future__ import annotations

@@ -26,7 +26,10 @@ _STATISTICS = {
     "QUANTILE10": ("q10", "q90"),
 }
 #: What safetensors calls the types that a statistic may have.
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
 #: The step that makes actions relative to the state, under its present name and the one before.
 _RELATIVE_STEPS = ("relative_actions_processor", "delta_actions_processor")
 

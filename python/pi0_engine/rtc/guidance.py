@@ -111,7 +111,9 @@ def check_guidable(solver: SolverName) -> None:
 
 def _check(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"the continuation's {name} is a {type(array).__name__}, expected a numpy array of float32")
+        raise ValueError(
+            f"the continuation's {name} is of type {type(array).__name__}, expected a numpy array of float32"
+        )
     if array.dtype != np.float32 or array.shape != shape:
         given = f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"the continuation's {name} is {given}, expected float32 {list(shape)}")

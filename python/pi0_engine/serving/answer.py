@@ -140,7 +140,7 @@ class Responder:
         if delay is None:
             if session.delay is None:
                 why = f"robot {self._robot.name!r} declares no control_hz to count the latency in"
-                raise Refusal("bad_request", f"pi0_engine.rtc.schedule.delay is missing, and {why}")
+                raise Refusal("bad_request", f"pi0_engine.rtc.delay is missing, and {why}")
             delay = session.delay.delay()
         return Leftover(chunk[asked.executed :], delay), None
 

@@ -22,6 +22,7 @@ from pi0_engine.serving.access import Keys
 from pi0_engine.serving.fleet import FleetOptions, ReplicaOptions
 from pi0_engine.serving.server import ServerOptions
 from pi0_engine.serving.service import Service, ServiceOptions
+from pi0_engine.torch_needed import require_torch
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,15 @@ class ServeOptions:
         if self.fleet != FleetOptions():
             raise ValueError("--replicas, --autoscale and --cpus-per-replica are options of a fleet: give --ray too")
         load = partial(self._load, get_robot(self.robot), self._rtc())
-        return Service(load, self._sessions(), record=None if self.record is None else self._recorder)
+        service = Service(load, self._sessions(), record=None if self.record is None else self._recorder)
+        self._check()
+        return service
 
     def replica(self) -> ReplicaOptions:
         """What each replica of a fleet is made of. Raises ValueError for what cannot be one."""
         if self.record is not None:
             raise ValueError("--record is given with --ray, where nothing is recorded yet")
+        self._check()
         if self.model.checkpoint is None:
             self.model.open()  # raises here what would end every replica; a checkpoint may be on their machines only
         return ReplicaOptions(
@@ -124,6 +128,11 @@ class ServeOptions:
             device=self.device,
             verbose=self.verbose,
         )
+
+    def _check(self) -> None:
+        """What would otherwise be said by the thread, or the replicas, that load the policy."""
+        self.model.check()
+        require_torch("a policy server")
 
     def _keys(self) -> Keys:
         return Keys() if self.api_key_file is None else Keys.read(self.api_key_file)
