@@ -86,3 +86,43 @@ def test_an_over_long_prompt() -> None:
 def test_an_empty_prefix() -> None:
     with pytest.raises(ValueError, match="no present camera and no prompt token: the prefix would be empty"):
         random_inputs(CONFIG, [[True], [False]], [0, 0]).validate(CONFIG)
+
+
+def changed_last(name: str, value: Any) -> ModelInputs:
+    """Two observations, of which the last number that is looked at is another: a real token, a present camera."""
+    inputs = random_inputs(CONFIG, [[True, False, True]] * 2, [5, 12])
+    array = getattr(inputs, name).copy()
+    array[(-1,) * array.ndim] = value
+    return dataclasses.replace(inputs, **{name: array})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("images", 3.0, "images of camera slot 2 span .* to 3"),
+        ("images", np.nan, "images of camera slot 2 span nan to nan"),
+        ("images", -3.0, "images of camera slot 2 span -3"),
+        ("state", np.nan, "state contains NaN or infinity"),
+        ("state", np.inf, "state contains NaN or infinity"),
+        ("tokens", 97, r"tokens span \d+\.\.97, the vocabulary is 0\.\.96"),
+        ("tokens", -1, r"tokens span -1\.\."),
+    ],
+)
+def test_the_last_observation_of_a_batch_is_looked_at(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        changed_last(name, value).validate(CONFIG)
+
+
+def test_a_gap_in_the_last_observations_prompt() -> None:
+    inputs = random_inputs(CONFIG, [[True]] * 2, [5, 12])
+    inputs.token_mask[-1, 3] = False
+    with pytest.raises(ValueError, match="token_mask has a gap"):
+        inputs.validate(CONFIG)
+
+
+def test_frames_of_the_last_observation_are_counted() -> None:
+    inputs = random_inputs(CONFIG, [[True, True]] * 2, [5, 5])
+    frame = np.zeros((4, 4, 3), np.uint8)
+    short = dataclasses.replace(inputs, images=None, frames=((frame, frame), (frame,)))
+    with pytest.raises(ValueError, match=r"frames holds \[2, 1\] frames per observation, image_masks says \[2, 2\]"):
+        short.validate(CONFIG)

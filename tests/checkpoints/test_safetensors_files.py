@@ -59,9 +59,14 @@ def test_shards_named_by_an_index(tmp_path: Path) -> None:
     (tmp_path / "model-2-of-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"not in this directory: \['model-2-of-2\.safetensors'\]"):
         open_checkpoint(tmp_path, config=PI0)
-    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
-    with pytest.raises(ValueError, match="not in this directory"):
-        open_checkpoint(tmp_path, config=PI0)
+    folder = tmp_path / "model"
+    (folder / "deeper").mkdir(parents=True)
+    for outside in ("../model-1-of-2.safetensors", str(tmp_path / "model-1-of-2.safetensors"), "deeper/a.safetensors"):
+        (folder / "deeper" / "a.safetensors").write_bytes((tmp_path / "model-1-of-2.safetensors").read_bytes())
+        assert (folder / outside).is_file()  # it is there, and not for this checkpoint to read
+        (folder / index.name).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, outside)}))
+        with pytest.raises(ValueError, match="not in this directory"):
+            open_checkpoint(folder, config=PI0)
     index.write_text("[]")
     with pytest.raises(ValueError, match="not an index of safetensors shards"):
         open_checkpoint(tmp_path, config=PI0)

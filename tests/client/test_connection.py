@@ -93,6 +93,28 @@ def test_a_connection_that_broke_between_requests_is_renewed_before_the_next() -
         assert all("reset" not in request["pi0_engine"] for request in server.requests)
 
 
+def test_an_observation_grows_older_while_the_client_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In milliseconds, as all of the wire's times are. A call that need not connect adds nothing."""
+    with policy_server() as server, PolicyClient(server.uri, **QUICK) as client:
+        connect = client._connect
+
+        def slow() -> bool:
+            time.sleep(0.2 if not client.connected else 0.0)
+            return connect()
+
+        client.infer(OBSERVATION)
+        server.connections[0].close()
+        wait_until(lambda: not client.connected)
+        monkeypatch.setattr(client, "_connect", slow)
+        started = time.monotonic()
+        client.infer(OBSERVATION, age_ms=30.0)
+        longest_ms = 1e3 * (time.monotonic() - started)
+        client.infer(OBSERVATION, age_ms=30.0)
+        first, second = (request["pi0_engine"]["age_ms"] for request in server.requests[1:])
+    assert 230.0 <= first <= 30.0 + longest_ms
+    assert second == 30.0
+
+
 def test_a_server_that_is_killed_and_comes_back() -> None:
     with policy_server() as server, PolicyClient(server.uri, **QUICK) as client:
         client.infer(OBSERVATION)

@@ -272,6 +272,54 @@ def test_run_is_the_loop_and_raises_when_the_watchdog_stops() -> None:
             gate.gate.set()
 
 
+class Waiting(threading.Event):
+    """Waits in the clock's time, and keeps how long."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.waited = clock, list[float]()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waited.append(timeout)
+        self.clock.now += timeout
+        return self.is_set()
+
+
+@pytest.mark.parametrize("stalled", ["act", "observe"])
+def test_a_loop_that_was_stalled_does_not_catch_up(stalled: str, clock: Clock) -> None:
+    """Two commands within one period would be a jump: after a stall the next comes a whole period later."""
+    acted: list[float] = []
+    calls = {"act": 0, "observe": 0}
+    stop = Waiting(clock)
+
+    def stall(name: str) -> None:
+        calls[name] += 1
+        if name == stalled and calls[name] == 2:
+            clock.now += 5.5 / HZ
+
+    def observe() -> Any:
+        stall("observe")
+        return libero()
+
+    def act(action: NDArray[np.float32]) -> None:
+        acted.append(clock.now)
+        stall("act")
+        wait_for(lambda: len(gate.answers) == runner.statistics.requests)  # so that the next step takes an observation
+
+    gate = Gate(LocalSource(serving.policy()))
+    runner = ChunkRunner(gate, control_hz=HZ, hold="last", watchdog_s=60.0, clock=clock)
+    with runner:
+        runner.step(libero)
+        wait_for(lambda: len(gate.answers) == 1)
+        runner.run(observe, act, seconds=2.0, stop=stop)
+    assert len(acted) > 50
+    apart = np.diff(acted)
+    assert apart.min() >= 1 / HZ - 1e-9, f"two commands {1e3 * apart.min():.1f} ms apart"
+    assert apart.max() >= 5.5 / HZ - 1e-9
+    assert min(stop.waited) >= 0
+
+
 def test_an_observation_that_is_refused_is_counted_and_the_next_one_is_tried(clock: Clock) -> None:
     with (
         serving.serving() as server,

@@ -214,6 +214,32 @@ def test_an_unusable_guide_is_refused(changes: dict[str, Any], message: str) -> 
         running.infer(random_inputs(config), random_noise(config), continuation=guide)
 
 
+def last_row(array: np.ndarray, value: float) -> np.ndarray:
+    """With one bad value, the very last: what looks at the first observation only does not see it."""
+    changed = array.copy()
+    changed[(-1,) * changed.ndim] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("previous", np.nan, "previous contains NaN"),
+        ("previous", np.inf, "previous contains NaN or infinity"),
+        ("weights", np.nan, "weights contains NaN"),
+        ("weights", 1.5, "weights are not all between 0 and 1"),
+        ("weights", -0.1, "weights are not all between 0 and 1"),
+    ],
+)
+def test_the_last_observation_of_a_batch_is_looked_at(name: str, value: float, message: str) -> None:
+    config = small_config("pi0")
+    guide = guide_of(config, delays=(2, 2), left=(4, 4))
+    changed = dataclasses.replace(guide, **{name: last_row(getattr(guide, name), value)})
+    inputs, noise = random_inputs(config, CAMERAS, [5, 3]), random_noise(config, 2)
+    with pytest.raises(ValueError, match=message):
+        engine(config).infer(inputs, noise, continuation=changed)
+
+
 # --- a given prefix ---
 
 PI05 = small_config("pi05")
@@ -314,3 +340,17 @@ def test_pi0_has_no_time_per_token(call: str) -> None:
 def test_an_unusable_prefix_is_refused(prefix: FixedPrefix, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine(PI05).infer(random_inputs(PI05), random_noise(PI05), continuation=prefix)
+
+
+@pytest.mark.parametrize("rows", [(1, 6), (1, -1), (1,), (1, 2, 3)])
+def test_the_last_rows_of_a_batch_are_looked_at(rows: tuple[int, ...]) -> None:
+    prefix = dataclasses.replace(prefix_of(1, 2), rows=rows)
+    with pytest.raises(ValueError, match=r"rows are .*, expected 2 of 0 to 5"):
+        engine(PI05).infer(random_inputs(PI05, CAMERAS, [5, 3]), random_noise(PI05, 2), continuation=prefix)
+
+
+def test_the_last_given_action_of_a_batch_is_looked_at() -> None:
+    prefix = prefix_of(1, 2)
+    changed = dataclasses.replace(prefix, previous=last_row(prefix.previous, np.nan))
+    with pytest.raises(ValueError, match="previous contains NaN"):
+        engine(PI05).infer(random_inputs(PI05, CAMERAS, [5, 3]), random_noise(PI05, 2), continuation=changed)

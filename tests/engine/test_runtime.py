@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pi0_engine.config import EngineConfig, ModelType
-from pi0_engine.engine import choices, runtime
+from pi0_engine.engine import choices, runtime, session
 from pi0_engine.engine.arrays import as_tensor
 from pi0_engine.engine.choices import resolve_device, resolve_dtype
 from pi0_engine.engine.pipeline import STAGES
@@ -206,6 +207,52 @@ def test_strided_inputs_are_taken_as_they_are() -> None:
     )
     actions = engine(PI0).infer(strided, noise.transpose(2, 3).contiguous().transpose(2, 3)).actions
     assert torch.equal(actions, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_last_number_of_a_batchs_noise_is_looked_at(value: float) -> None:
+    noise = random_noise(PI0, 2, samples=2)
+    noise[-1, -1, -1, -1] = value
+    with pytest.raises(ValueError, match="noise contains NaN or infinity"):
+        engine(PI0).infer(random_inputs(PI0, [[True, True, True]] * 2, [5, 3]), noise)
+
+
+def test_actions_of_the_last_observation_that_are_not_finite_are_noticed() -> None:
+    """A prompt of NaN reaches that observation's chunk alone."""
+    running = fresh_engine(PI0)
+    inputs = random_inputs(PI0, [[True, True, True]] * 2, [5, 5])
+    inputs.tokens[0, :5], inputs.tokens[1, :5] = 1, 2
+    running.infer(inputs, random_noise(PI0, 2))
+    running.weights.embed_tokens[2] = torch.nan
+    with pytest.raises(ValueError, match="the model computed NaN or infinity"):
+        running.infer(dataclasses.replace(inputs, tokens=inputs.tokens.copy()[::1]), random_noise(PI0, 2))
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are written to memory of the host's and uploaded, as for a GPU; the device here is the CPU."""
+    monkeypatch.setattr(session, "_host_twin", lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+
+
+@pytest.mark.usefixtures("staged")
+def test_what_is_staged_and_uploaded_gives_the_same() -> None:
+    for cameras, prompts in (([[True] * 3], [5]), ([[True, False, True], [False, True, False]], [4, 0])):
+        inputs, noise = random_inputs(PI0, cameras, prompts), random_noise(PI0, len(cameras), samples=2)
+        assert torch.equal(fresh_engine(PI0).infer(inputs, noise).actions, engine(PI0).infer(inputs, noise).actions)
+
+
+@pytest.mark.usefixtures("staged")
+def test_a_prompt_of_the_same_length_is_embedded_anew() -> None:
+    """What a session remembers of a prompt is its words, not their number. It remembers them where memory is staged."""
+    running, noise = fresh_engine(PI0), random_noise(PI0)
+    inputs = random_inputs(PI0)
+    first = running.infer(inputs, noise).actions
+    other = dataclasses.replace(inputs, tokens=(inputs.tokens + 1) % 97)
+    second = running.infer(other, noise).actions
+    assert not torch.equal(first, second)
+    assert torch.equal(fresh_engine(PI0).infer(other, noise).actions, second)
+    assert torch.equal(running.infer(inputs, noise).actions, first)
 
 
 def test_pi05_does_not_read_the_state() -> None:

@@ -167,3 +167,28 @@ def test_an_unreadable_tensor_stops_packing_with_its_own_error() -> None:
     source.tensor = damaged  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"llm\.layers\.1\.k_proj\.weight: data is damaged"):
         pack_weights(source, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_folded_in_float32_whatever_the_checkpoint_is_stored_in(dtype: torch.dtype) -> None:
+    """A bfloat16 checkpoint multiplied in bfloat16 would be rounded once more per norm than openpi does it."""
+    config = small_config("pi0")
+    source = Source(config)
+    source.tensors = {name: tensor.to(torch.bfloat16) for name, tensor in source.tensors.items()}
+    weights, t = pack_weights(source, dtype, CPU), {name: tensor.double() for name, tensor in source.tensors.items()}
+    layer, vision = weights.llm[0], weights.vision.layers[0]
+    qkv = torch.cat([t[f"llm.layers.0.{p}_proj.weight"] for p in "qkv"]) * (1 + t["llm.layers.0.input_norm.weight"])
+    gate_up = torch.cat([t[f"llm.layers.0.{p}_proj.weight"] for p in ("gate", "up")])
+    gate_up = gate_up * (1 + t["llm.layers.0.post_attention_norm.weight"])
+    names = [f"vision.layers.0.{p}_proj" for p in "qkv"]
+    scaled = torch.cat([t[f"{name}.weight"] for name in names]) * t["vision.layers.0.norm1.weight"]
+    scaled = scaled - scaled.mean(dim=1, keepdim=True)
+    bias = torch.cat([t[f"{n}.bias"] + t[f"{n}.weight"] @ t["vision.layers.0.norm1.bias"] for n in names])
+    # One rounding to the packed dtype, at most half its spacing; products in bfloat16 are off by more than that.
+    one_rounding = {torch.float32: 4 * 2.0**-24, torch.bfloat16: 1.001 * 2.0**-8}[dtype]
+    for found, expected in ((layer.qkv, qkv), (layer.gate_up, gate_up)):
+        assert found is not None
+        assert ((found.double() - expected).abs() <= one_rounding * expected.abs()).all()
+    largest = scaled.abs().amax(dim=1, keepdim=True)  # the mean is rounded too, to something of the row's size
+    assert ((vision.qkv.double() - scaled).abs() <= one_rounding * scaled.abs() + 4 * 2.0**-24 * largest).all()
+    assert rel_l2(vision.qkv_bias.double(), bias) <= 1e-6 and vision.qkv_bias.dtype == torch.float32

@@ -259,6 +259,16 @@ def test_a_disk_that_does_not_keep_up_drops_and_counts(
     recorder.close()  # a second time is nothing
 
 
+def test_what_is_written_makes_room_in_memory(tmp_path: Path) -> None:
+    """Also what could not be written: many times the bound goes through, as long as the disk keeps up."""
+    one = sum(array.nbytes for array in encode_record(record())[1].values())
+    with Recorder(tmp_path, METADATA, queue_bytes=2 * one, max_bytes=3 * one) as recorder:
+        for number in range(20):
+            assert recorder.write(record(number)), f"record {number} was dropped: the memory of others is still counted"
+            recorder.flush()
+    assert recorder.written + recorder.dropped == 20
+
+
 def test_a_stuck_disk_holds_neither_memory_nor_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,3 +284,14 @@ def test_a_state_that_overflows_when_it_is_normalised() -> None:
     given["observation/state"][3] = 1e300
     with pytest.raises(ValueError, match=r"the state holds 1e\+300 at index 3"):
         transform(robot).prepare(given)
+
+
+@pytest.mark.parametrize("name", ["state", "actions"])
+def test_statistics_of_another_robot_are_refused(name: str) -> None:
+    """Either half that covers fewer dimensions than the robot has: the rest would pass in the wrong units."""
+    robot = get_robot("libero")
+    whole = random_stats(robot, 0)
+    dims = {"state": robot.state_dim, "actions": robot.action_dim}[name] - 1
+    fewer = Normalizer.zscore(np.zeros(dims), np.ones(dims))
+    with pytest.raises(ValueError, match=rf"{name} with {dims + 1} dimensions, but random covers {dims}: it is of an"):
+        transform(robot, stats=dataclasses.replace(whole, **{name: fewer}))
