@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pi0_engine.checkpoints.parameters import parameter_shapes
 from pi0_engine.config import Pi0Config
+from pi0_engine.engine.heap import freed_blocks_return
 
 #: Elements that are scaled in float32 at a time, 4 MB: loading then peaks at 1.15 times the packed weights; pieces of
 #: 16 MB leave holes in the heap and peak at 1.4 times.
@@ -105,7 +106,7 @@ def pack_weights(source: TensorSource, dtype: torch.dtype, device: torch.device,
     """
     config, pack = source.config, _Packer(source, dtype, device)
     depth, fold = config.llm.depth, not config.is_pi05
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    with freed_blocks_return(), ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         ends = pool.submit(pack.vision_ends)
         vision = [pool.submit(pack.vision_layer, i) for i in range(config.vision.depth)]
         llm = [pool.submit(pack.decoder_layer, f"llm.layers.{i}", True, i == depth - 1) for i in range(depth)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pi0_engine.config import GemmaConfig, Pi0Config, SiglipConfig
+from pi0_engine.engine import heap
 from tests.support.checkpoints import write_openpi
 
 #: Prints bytes: packed weights, embedding table, peak beyond what the imports take.
@@ -47,3 +48,23 @@ def test_peak_memory_of_loading_is_at_most_1_3_times_the_packed_weights(tmp_path
     packed, table, peak = (int(word) for word in run.stdout.split())
     assert packed > 3e8 and table > 8e7
     assert peak <= 1.3 * packed, f"{peak / packed:.2f} times the packed weights"
+
+
+def test_the_heap_is_as_glibc_would_have_left_it() -> None:
+    """The limits are set while weights are packed and after, also where packing fails."""
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, name: int, value: int) -> int:
+            calls.append((name, value))
+            return 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heap.ctypes, "CDLL", lambda name: Library())
+        with pytest.raises(KeyError), heap.freed_blocks_return():
+            assert calls == [(-3, 1 << 20)]
+            raise KeyError
+        assert calls[1:] == [(-3, 32 << 20), (-1, 64 << 20)]
+        patch.setattr(heap.ctypes, "CDLL", lambda name: object())  # another C library
+        with heap.freed_blocks_return():
+            assert len(calls) == 3
