@@ -10,9 +10,11 @@ import json
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
+from pi0_engine.cli import Command
 from tests.support.paths import ROOT, TESTS
 
 #: What runs on a robot's computer.
@@ -23,9 +25,7 @@ ROOMS = (
         for name in ("asgi", "fleet", "protocol", "queue", "recovery", "review", "server", "wire")
     ),
 )
-COMMANDS = (
-    *("demo", "eval", "infer", "serve", "simulate", "replay", "verify", "bench", "profile", "tune", "env", "kernels"),
-)
+COMMANDS = tuple(get_args(command)[0].__name__.lower() for command in get_args(Command))
 #: A command's line for what needs torch.
 BLOCKED = "import tests.support.no_torch, sys; from pi0_engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
